@@ -1,0 +1,1046 @@
+"""01 - Data: what does the network see, and what is it told?
+
+In     PASCAL VOC 2012, COCO 2014/2017, a folder of your own, or `shapes`, a toy world that is drawn at first use
+Out    `list_samples` (pictures with their image-level labels), `TrainDataset` and `EvalDataset`, `confusion_matrix`,
+       class names and prompts, palette and contact sheet
+Paper  the experimental set-up of WeCLIP (CVPR 2024) and WeCLIP+ (TPAMI 2025): data sets, labels, augmentation.
+       The only supervision is which classes a picture shows; masks are for scoring (and for `--supervised`).
+
+    python 01_data.py shapes --sheet sheet.png      draw the toy world and look at it
+    python 01_data.py voc --check                   every problem of a data set, and where to get what is missing
+    python 01_data.py coco --data-path /data/coco   also writes masks from the json, which scoring needs
+    python 01_data.py FOLDER                        FOLDER/labels.csv, or one sub-folder of pictures per class
+
+A folder of one's own: `labels.csv` has one line per picture, `file,class;class`, and may have a third column `train` or
+`val`. Files lie in FOLDER/images if that exists, else in FOLDER; a mask of cat/a.jpg is FOLDER/masks/cat/a.png, with
+the class numbers that `python 01_data.py FOLDER` prints. Without labels.csv each sub-folder is a class.
+"""
+import argparse
+import colorsys
+import csv
+import json
+import os
+import re
+import sys
+import tempfile
+import textwrap
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from importlib import import_module
+from pathlib import Path, PureWindowsPath
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+IGNORE_INDEX = 255                        # "void" in a mask: no score
+IMAGE_MEAN = (123.675, 116.28, 103.53)    # ImageNet, RGB, in 0..255; for CLIP and DINO alike, as in the released code
+IMAGE_STD = (58.395, 57.12, 57.375)
+SCALES = (0.5, 2.0)                       # range of the random scale
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+HERE = Path(__file__).resolve().parent
+
+
+class DataError(Exception):
+    """Input that cannot be used. The message names the file and what mends it; `run` prints it without a traceback."""
+
+
+# ---------------------------------------------------------------- the data sets: to add one, add a row and its loader
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    name: str                     # "voc", "coco", "shapes", or "folder" for a folder of one's own
+    classes: tuple[str, ...]      # the C-1 foreground classes, as people call them; class i is value i + 1 in a mask
+    prompts: tuple[str, ...]      # what CLIP's text encoder reads for them, same order
+    background: tuple[str, ...]   # what else a picture may show: the rivals of the classes in the CAM's softmax
+
+    @property
+    def num_classes(self) -> int:
+        """C, background included."""
+        return 1 + len(self.classes)
+
+
+TEMPLATE = "a clean origami {}."
+VOC_CLASSES = tuple("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+                    "pottedplant sheep sofa train tvmonitor".split())
+COCO_CLASSES = tuple((
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
+    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
+    "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
+    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
+    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, "
+    "mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, "
+    "teddy bear, hair drier, toothbrush").split(", "))
+REWRITTEN = {  # names for which the papers' prompt says something else; the rest is read as it is
+    "person": "person with clothes,people,human", "bird": "bird avian", "chair": "chair seat",
+    "tvmonitor": "tvmonitor screen", "tv": "tvmonitor screen", "motorcycle": "motorbike", "airplane": "aeroplane",
+    "couch": "sofa", "potted plant": "pottedplant", "dining table": "diningtable", "backpack": "backpack,bag",
+    "umbrella": "umbrella,parasol", "handbag": "handbag,purse", "tie": "necktie", "baseball glove": "glove",
+    "snowboard": "sknowboard",  # a slip of the released list; it changes the tokens, so it is kept
+    "spoon": "dessertspoon", "remote": "remote control", "hair drier": "hairdrier,blowdrier"}
+VOC_BACKGROUND = tuple("ground land grass tree building wall sky lake water river sea railway railroad keyboard helmet "
+                       "cloud house mountain ocean road rock street valley bridge sign".split())
+COCO_BACKGROUND = tuple(word for word in VOC_BACKGROUND if word not in ("keyboard", "sign"))  # both are in classes there
+SHAPES_CLASSES = tuple("boat butterfly cat fish house mushroom rabbit turtle".split())
+SHAPES_BACKGROUND = tuple("grass water bricks planks sand pebbles".split())
+
+DATASETS = {
+    "voc": DatasetInfo("voc", VOC_CLASSES, tuple(REWRITTEN.get(name, name) for name in VOC_CLASSES), VOC_BACKGROUND),
+    "coco": DatasetInfo("coco", COCO_CLASSES, tuple(REWRITTEN.get(name, name) for name in COCO_CLASSES), COCO_BACKGROUND),
+    "shapes": DatasetInfo("shapes", SHAPES_CLASSES, SHAPES_CLASSES, SHAPES_BACKGROUND)}
+SPLITS = {  # the splits of each data set and how many images the published ones have
+    "voc": {"train_aug": 10_582, "train": 1_464, "val": 1_449, "test": 1_456},
+    "coco": {"train": 82_081, "val": 40_137},  # images with at least one of the 80 classes
+    "shapes": {"train": None, "val": None}, "folder": {"train": None, "val": None}}
+FETCH = {  # what to fetch, from where, and what must then exist
+    "voc": ("VOCtrainval_11-May-2012.tar (2 GB, md5 6cd6e144f989b92b3379bac3b3de84fd); for train_aug also the list "
+            "train_aug.txt (into ImageSets/Segmentation) or the masks SegmentationClassAug",
+            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/ (often reported down, torchvision takes it from "
+            "thor.robots.ox.ac.uk); the list: github.com/zbf1991/WeCLIP, datasets/voc; the masks: made from SBD, "
+            "home.bharathh.info/pubs/codes/SBD (its links and the Dropbox copy are reported dead)",
+            "VOCdevkit/VOC2012/JPEGImages"),
+    "coco": ("train2014.zip (13 GB), val2014.zip (6 GB) and annotations_trainval2014.zip",
+             "http://images.cocodataset.org/zips/ and http://images.cocodataset.org/annotations/",
+             "annotations/instances_train2014.json")}
+
+
+def dataset_info(name_or_folder: str, background: list[str] | None = None) -> DatasetInfo:
+    """What are the classes called, and what is CLIP asked?
+
+    name_or_folder  a row of DATASETS, or a folder of one's own: its class names, in alphabetical order, are the prompts
+    background      other background words than the data set's; a folder has VOC's, less those that it has as classes
+    Raises  DataError  if it is neither, or the folder has no classes
+    """
+    info = DATASETS.get(str(name_or_folder))
+    if info is None:
+        rows = folder_rows(find_root(name_or_folder))
+        classes = tuple(sorted({name for _, _, names, _ in rows for name in names}))
+        if not 0 < len(classes) < IGNORE_INDEX:
+            raise DataError(f"{name_or_folder}: {len(classes)} classes, wanted 1 to {IGNORE_INDEX - 1}; "
+                            "write labels.csv (file,class;class) or make one sub-folder of pictures per class")
+        words = tuple(word for word in VOC_BACKGROUND if word not in classes)
+        info = DatasetInfo("folder", classes, tuple(name.replace("_", " ") for name in classes), words)
+    return replace(info, background=tuple(background)) if background else info
+
+
+def find_root(name_or_folder: str, data_path: str | Path | None = None) -> Path:
+    """Where is the data? `data_path`, else data/NAME beside this file, else the folder itself. Draws `shapes` if need be.
+
+    For VOC the devkit's parent, VOCdevkit and VOC2012 will all do; -> VOC2012.
+    Raises  DataError  in three lines: what to fetch, from where, where to put it
+    """
+    name = str(name_or_folder)
+    root = Path(data_path or (HERE / "data" / name if name in DATASETS else name)).expanduser()
+    if name == "shapes" and not (root / "labels.csv").exists():
+        make_shapes(root)
+    voc = [path for path in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012") if (path / "JPEGImages").is_dir()]
+    if name == "voc" and voc:
+        return voc[0]
+    if name != "voc" and root.is_dir():
+        return root
+    if name not in FETCH:
+        raise DataError(f"{root}: no such folder, and no data set of that name; wanted one of {', '.join(DATASETS)} "
+                        "or a folder with labels.csv or one sub-folder per class")
+    what, where, exists = FETCH[name]
+    raise DataError(f"no {name} data in {root}. Fetch {what}\nfrom {where}\n"
+                    f"so that {root / exists} exists, or say where it lies: --data-path DIR (without any data: shapes)")
+
+
+# ---------------------------------------------------------------- pictures and masks
+
+def read_picture(path: str | Path, read):
+    """read(the opened PIL image); whatever goes wrong becomes a DataError with the path."""
+    try:
+        with Image.open(path) as image:
+            return read(image)
+    except Exception as error:  # broken files make Pillow raise nearly anything, DecompressionBombError among it
+        raise DataError(f"{path}: cannot be read as a picture ({type(error).__name__}: {error}); "
+                        "replace the file or take it off the list") from error
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 from grey, palette, CMYK, 1 bit, 16 bits, with or without transparency (dropped, not blended)."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels; save it with 8 bits per channel")
+    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip to white
+        grey = (np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)
+        return np.stack([grey] * 3, axis=2)
+    if image.mode == "P":
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns about transparency
+    return np.array(image.convert("RGB"))
+
+
+def load_image(path: str | Path, as_displayed: bool = False) -> np.ndarray:
+    """What is in the file? -> (H, W, 3) uint8 RGB, whatever the file holds; of several frames the first.
+
+    as_displayed  turn the picture as its EXIF data says. Not for training and scoring: masks fit the stored pixels.
+    Raises  DataError  with the path, if the file is missing, broken, too large for Pillow, or of floating-point numbers
+    """
+    return read_picture(path, lambda image: to_rgb(ImageOps.exif_transpose(image) if as_displayed else image))
+
+
+def load_mask(path: str | Path, num_classes: int, size_hw: tuple[int, int] | None = None) -> np.ndarray:
+    """Which class is at each pixel? -> (H, W) uint8: 0 background, 1..C-1, 255 void.
+
+    size_hw  the size of its picture, if the mask must have it
+    Raises   DataError  if the file is no palette or grey picture, has another size, or values that are no class
+    """
+    mode, mask = read_picture(path, lambda image: (image.mode, np.array(image)))
+    if mode not in ("P", "L"):
+        raise DataError(f"{path}: a mask is a palette or grey picture (mode P or L) of class numbers, not mode {mode}; "
+                        "turn its colours into class numbers")
+    if size_hw is not None and mask.shape != tuple(size_hw):
+        raise DataError(f"{path}: mask of {mask.shape} (height, width) for a picture of {tuple(size_hw)}; "
+                        "make it the picture's size, without interpolation")
+    wrong = [int(value) for value in np.unique(mask) if num_classes <= value != IGNORE_INDEX]
+    if wrong:
+        raise DataError(f"{path}: values {wrong[:10]} are no class; wanted 0..{num_classes - 1}, or 255 for void")
+    return mask
+
+
+def normalize(image: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) in 0..255 -> (3, H, W) float32, ImageNet's mean and deviation."""
+    scaled = (image.astype(np.float32) - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
+    return torch.from_numpy(scaled.transpose(2, 0, 1).copy())
+
+
+# ---------------------------------------------------------------- image-level labels: all the supervision there is
+
+@dataclass(frozen=True)
+class Sample:
+    name: str                 # unique in its split; what its prediction is called
+    image: str                # path
+    mask: str | None          # path, if there is one
+    labels: tuple[int, ...]   # 0-based foreground classes in the picture; for VOC XML in the file's order, else ascending
+    source: str               # where the labels come from: "xml", "json", "csv", "folder", "mask", or "none"
+
+
+def list_samples(info: DatasetInfo, root: str | Path | None, split: str,
+                 problems: list[str] | None = None) -> list[Sample]:
+    """Which pictures does a split have, and which classes does each one show?
+
+    info, root  from `dataset_info` and `find_root` (or anything `find_root` accepts as data_path)
+    problems    a list: what is wrong is added to it and left out of the result, instead of raising at the first
+    ->          in the order of the split's list; a picture without any class has labels ()
+    Raises      DataError  missing files (how many, the first ten), broken labels, unknown classes, no such split
+    """
+    if split not in SPLITS[info.name]:
+        raise DataError(f"{info.name} has no split {split!r}; wanted one of {', '.join(SPLITS[info.name])}")
+    return LOADERS[info.name](info, find_root(info.name, root), split, problems)
+
+
+def describe(samples: list[Sample]) -> str:
+    """One line for logs: how many pictures, where their labels come from, how many show no class, how many masks."""
+    sources = ", ".join(f"{source} ({count})" for source, count in Counter(s.source for s in samples).items())
+    return (f"{len(samples)} images, labels from {sources or 'nowhere'}, {sum(not s.labels for s in samples)} without "
+            f"a foreground class, {sum(s.mask is not None for s in samples)} masks")
+
+
+def complain(message: str, problems: list[str] | None) -> None:
+    """Raise, or with a list of problems go on and remember."""
+    if problems is None:
+        raise DataError(message)
+    problems.append(message)
+
+
+def complain_about_missing(what: str, names: list[str], problems: list[str] | None) -> None:
+    if names:
+        complain(f"{len(names)} {what} missing: {', '.join(names[:10])}{', ...' * (len(names) > 10)}", problems)
+
+
+def gather(read, items: list, problems: list[str] | None) -> list:
+    """[read(item) for item in items]; with a list of problems, a DataError goes there and its item is left out."""
+    results = []
+    for item in items:
+        try:
+            results.append(read(item))
+        except DataError as error:
+            complain(str(error), problems)
+    return results
+
+
+def join_samples(info: DatasetInfo, where: str, names: list[str], pictures: dict[str, Path], masks: dict[str, Path],
+                 read_labels, source: str, problems: list[str] | None) -> list[Sample]:
+    """What all loaders end with: name by name, the picture, its mask and its labels.
+
+    read_labels(name) -> classes, or None where the source `source` knows nothing: then the mask tells them
+    """
+    def sample(name: str) -> Sample:
+        labels, mask, origin = read_labels(name), masks.get(name), source
+        if labels is None:
+            origin = "mask" if mask else "none"
+            labels = mask_labels(load_mask(mask, info.num_classes)) if mask else ()
+        return Sample(name, str(pictures[name]), str(mask) if mask else None, labels, origin)
+
+    complain_about_missing(f"images of {where}", [name for name in names if name not in pictures], problems)
+    samples = gather(sample, [name for name in names if name in pictures], problems)
+    if not where.startswith("test"):
+        complain_about_missing(f"label files of {where}", [s.name for s in samples if s.source == "none"], problems)
+    return samples
+
+
+def mask_labels(mask: np.ndarray) -> tuple[int, ...]:
+    """The classes of a mask, ascending, 0-based: without background and void."""
+    return tuple(int(value) - 1 for value in np.unique(mask) if value not in (0, IGNORE_INDEX))
+
+
+def files_by_stem(folder: Path) -> dict[str, Path]:
+    """Name without suffix -> path; {} if there is no such folder. One look instead of 80 000 questions."""
+    return {path.stem: path for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else {}
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # with or without the mark that Excel writes
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def safe_name(name: str, file: Path) -> str:
+    """`name`, which `file` brought along, with / for \\, unless it leads out of the data set's folder."""
+    path = PureWindowsPath(str(name))
+    if not isinstance(name, str) or path.anchor or ".." in path.parts:
+        raise DataError(f"{file}: file name {name!r} leads out of the data set; wanted a relative one without '..'")
+    return path.as_posix()
+
+
+# PASCAL VOC
+
+def xml_labels(path: Path, classes: tuple[str, ...]) -> tuple[int, ...]:
+    """The objects of a VOC annotation, in the file's order, each class once, those marked difficult included.
+
+    Without the difficult ones a class would be lost in one image of five.
+    """
+    text = read_text(path)
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise DataError(f"{path}: DOCTYPE and ENTITY are refused (they can fill the memory or read files); remove them")
+    try:
+        objects = ElementTree.fromstring(text).findall("object")  # not iter(): the parts of a body are named inside
+    except (ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"{path}: broken XML ({error}); take the file out of the archive again") from error
+    names = list(dict.fromkeys((found.findtext("name") or "").strip() for found in objects))
+    return class_numbers(names, classes, path)
+
+
+def class_numbers(names: list[str], classes: tuple[str, ...], file: Path) -> tuple[int, ...]:
+    """0-based, in the order of `names`."""
+    unknown = [name for name in names if name not in classes]
+    if unknown:
+        raise DataError(f"{file}: unknown class {', '.join(map(repr, unknown[:10]))}; wanted one of {', '.join(classes)}")
+    return tuple(classes.index(name) for name in names)
+
+
+def voc_names(root: Path, split: str) -> list[str]:
+    """The names of a split. train_aug without its list: what has a mask in SegmentationClassAug and is not in val."""
+    lists = root / "ImageSets" / "Segmentation"
+    path = lists / f"{split}.txt"
+    if path.exists():  # a line is NAME, or in DeepLab's list "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png"
+        return [PureWindowsPath(line.split()[0]).stem for line in read_text(path).splitlines() if line.strip()]
+    masks = files_by_stem(root / "SegmentationClassAug")
+    if split == "train_aug" and masks and (lists / "val.txt").exists():
+        return sorted(masks.keys() - set(voc_names(root, "val")))
+    instead = " (or SegmentationClassAug and val.txt, or take `train`)" if split == "train_aug" else ""
+    raise DataError(f"{path} is missing{instead}; `python 01_data.py voc --check` says where it can be had")
+
+
+def voc_samples(info: DatasetInfo, root: Path, split: str, problems: list[str] | None) -> list[Sample]:
+    """Labels from Annotations/NAME.xml, else from the mask; masks from SegmentationClassAug, else SegmentationClass."""
+    xmls = files_by_stem(root / "Annotations")
+    masks = files_by_stem(root / "SegmentationClass") | files_by_stem(root / "SegmentationClassAug")
+    return join_samples(info, f"{split} in {root}", voc_names(root, split), files_by_stem(root / "JPEGImages"), masks,
+                        lambda name: xml_labels(xmls[name], info.classes) if name in xmls else None, "xml", problems)
+
+
+# COCO
+
+def coco_name(stem: str) -> str:
+    """COCO_val2014_000000000042 -> 000000000042, as the 2017 pictures and the released label files are called."""
+    return re.sub(r"^COCO_(train|val)2014_", "", stem)
+
+
+def coco_places(root: Path, split: str) -> tuple[Path, Path | None, Path]:
+    """A split's pictures, its json (None: there is none) and its masks, in the native layout or the VOC-style one."""
+    names = (f"{split}2014", f"{split}2017", split)
+    folders = [path for name in names for path in (root / name, root / "JPEGImages" / name) if path.is_dir()]
+    if not folders:
+        raise DataError(f"no images of {split} in {root}: neither {names[0]}/ nor {names[1]}/ nor JPEGImages/{split}/; "
+                        "`python 01_data.py coco --check` says where they can be had")
+    years = names[:2] if folders[0].name == split else (folders[0].name,)
+    jsons = [path for year in years if (path := root / "annotations" / f"instances_{year}.json").exists()]
+    masks = [root / "SegmentationClass" / name for name in (folders[0].name, *names)]
+    return folders[0], jsons[0] if jsons else None, next((path for path in masks if path.is_dir()), masks[0])
+
+
+def read_coco_json(path: Path, classes: tuple[str, ...]) -> dict[str, tuple[int, int, list]]:
+    """Picture's name -> (height, width, [(0-based class, segmentation), ...]), crowds included.
+
+    COCO's category ids have gaps (1..90 for 80 classes); classes go by name, which gives 0..79 in the same order.
+    """
+    try:
+        content = json.loads(read_text(path))
+        ids, names = zip(*((category["id"], category["name"]) for category in content["categories"]))
+        numbers = dict(zip(ids, class_numbers(names, classes, path)))
+        objects: dict = {image["id"]: [] for image in content["images"]}
+        for found in content["annotations"]:
+            objects[found["image_id"]].append((numbers[found["category_id"]], found.get("segmentation")))
+        return {coco_name(Path(safe_name(image["file_name"], path)).stem):
+                (image["height"], image["width"], objects[image["id"]]) for image in content["images"]}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: not COCO's instance format ({type(error).__name__}: {error}); "
+                        "take the file out of the archive again") from error
+
+
+def coco_samples(info: DatasetInfo, root: Path, split: str, problems: list[str] | None) -> list[Sample]:
+    """Labels from the json (training needs nothing else), without it from the masks.
+
+    Images without any of the 80 classes are no part of the published splits (82 081 of 82 783, 40 137 of 40 504).
+    """
+    folder, json_path, mask_folder = coco_places(root, split)
+    pictures, masks = ({coco_name(stem): path for stem, path in files_by_stem(place).items()}
+                       for place in (folder, mask_folder))
+    records = read_coco_json(json_path, info.classes) if json_path else {}
+    labels = {name: tuple(sorted({number for number, _ in objects})) for name, (_, _, objects) in records.items()}
+    names = [name for name in labels if labels[name]] if json_path else sorted(pictures)
+    samples = join_samples(info, f"{split} in {root}", names, pictures, masks, labels.get, "json", problems)
+    return [sample for sample in samples if sample.labels]
+
+
+# a folder of one's own, and the toy world
+
+def folder_rows(root: Path) -> list[tuple[str, Path, list[str], str]]:
+    """Line by line, labels.csv (file,class;class[,split], with or without a headline), else FOLDER/CLASS/*.
+
+    -> [(file as written, path of the picture, class names, split), ...]
+    """
+    pictures, table, rows = root / "images" if (root / "images").is_dir() else root, root / "labels.csv", []
+    if not table.exists():
+        files = sorted(path for path in pictures.glob("*/*") if path.suffix.lower() in PICTURE_SUFFIXES
+                       and path.parent.name != "masks" and "." not in (path.name[0], path.parent.name[0]))
+        return [(f"{path.parent.name}/{path.name}", path, [path.parent.name], "train") for path in files]
+    for number, line in enumerate(read_text(table).splitlines(), 1):
+        try:
+            file, names, split, *more = [cell.strip() for cell in next(csv.reader([line]), [])] + [""] * 3
+        except csv.Error as error:
+            raise DataError(f"{table}, line {number}: {error}; save it as CSV with commas, in UTF-8") from error
+        if not line.strip(", ;") or (number == 1 and file.lower() == "file"):
+            continue
+        if not file or split not in ("", "train", "val") or any(more):
+            raise DataError(f"{table}, line {number}: {line!r} is not file,class;class or file,class;class,train|val")
+        file = safe_name(file, table)
+        classes = [name.strip() for name in names.split(";") if name.strip()]
+        rows.append((file, pictures / file, classes, split or "train"))
+    return rows
+
+
+def folder_samples(info: DatasetInfo, root: Path, split: str, problems: list[str] | None) -> list[Sample]:
+    """A row is a sample; its mask, if any, is masks/FILE with the suffix .png."""
+    files, pictures, masks, labels = {}, {}, {}, {}
+    for file, path, classes, part in folder_rows(root):
+        name, mask = file.rpartition(".")[0].replace("/", "_"), (root / "masks" / file).with_suffix(".png")
+        if part != split:
+            continue
+        if name in files:
+            complain(f"{root}: {file} comes twice, or {files[name]} is named alike; wanted one line per picture "
+                     "(file,class;class) and different names", problems)
+        files[name], labels[name] = file, classes
+        pictures |= {name: path} if path.is_file() else {}
+        masks |= {name: mask} if mask.is_file() else {}
+
+    def read_labels(name: str) -> tuple[int, ...]:
+        return tuple(sorted(set(class_numbers(labels[name], info.classes, root / files[name]))))
+
+    source = "csv" if (root / "labels.csv").exists() else "folder"
+    return join_samples(info, f"{split} in {root}", list(files), pictures, masks, read_labels, source, problems)
+
+
+LOADERS = {"voc": voc_samples, "coco": coco_samples, "shapes": folder_samples, "folder": folder_samples}
+
+
+# ---------------------------------------------------------------- augmentation: scale, flip, crop, in this order
+
+def rescale(image: np.ndarray, factor: float, resample: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:
+    """(H, W[, 3]) uint8 -> (int(factor H), int(factor W)[, 3]) uint8, at least one pixel each way."""
+    height, width = (max(1, int(factor * side)) for side in image.shape[:2])
+    return np.asarray(Image.fromarray(image).resize((width, height), resample))
+
+
+def crop(image: np.ndarray, size: int, top: int, left: int, fill: int = 0) -> np.ndarray:
+    """(H, W[, 3]) -> (size, size[, 3]): a piece of the image, or all of it on a canvas of `fill`, each way by itself.
+
+    top, left  in 0..|H - size| and 0..|W - size|: where the crop starts in the image; in a direction in which the image
+               is smaller, where the image starts in the crop. (The released code puts the image at a random place of
+               a canvas of max(size, H) x max(size, W) and crops that at random: the same.)
+    """
+    canvas = np.full((size, size, *image.shape[2:]), fill, dtype=image.dtype)
+    height, width = image.shape[:2]
+    y, x = top if height < size else 0, left if width < size else 0  # of the image in the canvas
+    piece = image[0 if height < size else top:, 0 if width < size else left:][:size, :size]
+    canvas[y:y + height, x:x + width] = piece
+    return canvas
+
+
+def augment(image: np.ndarray, mask: np.ndarray | None, size: int,
+            rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+    """One random view: scale in [0.5, 2], mirror image with p = 0.5, crop of size x size on black; no colour jitter.
+
+    -> image (size, size, 3) uint8, mask (size, size) uint8 with 255 where there is no image, or None
+    The canvas is black before normalisation, so padding ends up at -mean / std. The image-level label stays that of the
+    whole picture even if the crop misses the object, as in the released code.
+    """
+    factor, step = rng.uniform(*SCALES), rng.choice((1, -1))
+    image = rescale(image, factor)[:, ::step]
+    top, left = (rng.integers(abs(side - size) + 1) for side in image.shape[:2])
+    if mask is not None:
+        mask = crop(rescale(mask, factor, Image.Resampling.NEAREST)[:, ::step], size, top, left, fill=IGNORE_INDEX)
+    return crop(image, size, top, left), mask
+
+
+# ---------------------------------------------------------------- what the loops read
+
+def need_masks(samples: list[Sample]) -> None:
+    missing = [sample.name for sample in samples if sample.mask is None]
+    complain_about_missing("masks (for COCO, `python 01_data.py coco` writes them from the json)", missing, None)
+
+
+def as_item(sample: Sample, image: np.ndarray, mask: np.ndarray | None, num_classes: int) -> dict:
+    """name; image (3, H, W) float32, normalised; labels (C-1,) float32, 1 for classes in the picture; mask (H, W) uint8."""
+    labels = torch.zeros(num_classes - 1)
+    labels[list(sample.labels)] = 1
+    item = {"name": sample.name, "image": normalize(image), "labels": labels}
+    return item if mask is None else item | {"mask": torch.from_numpy(mask)}
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """(count,) the order in which an epoch goes through the images."""
+    return np.random.default_rng((seed, 0, epoch)).permutation(count)
+
+
+class TrainDataset(Dataset):
+    """Random views with image-level labels. Item t is the t-th draw of the run, t = 0, 1, 2, ... without end.
+
+    Draw t is image t % n of epoch t // n in a random order; order and view depend on (seed, t) alone. So the run is the
+    same for any number of workers and processes, and goes on in the middle: see `draw_batches`.
+    Images without a foreground class are left out, `skipped` counts them.
+
+    Item    see `as_item`, with H = W = crop_size; mask only with `with_masks`: the truth, 255 where void or padded
+    Raises  DataError  if no image has a class; with_masks: if a mask is missing; at the item: if a file is broken
+    """
+
+    def __init__(self, samples: list[Sample], num_classes: int, crop_size: int, seed: int = 0, with_masks: bool = False):
+        self.samples = [sample for sample in samples if sample.labels]
+        self.skipped = len(samples) - len(self.samples)
+        if not self.samples:
+            raise DataError(f"none of {len(samples)} images has a foreground class: nothing to learn from; "
+                            "`python 01_data.py DATASET --check` says what is missing")
+        if with_masks:
+            need_masks(self.samples)
+        self.num_classes, self.crop_size, self.seed, self.with_masks = num_classes, crop_size, seed, with_masks
+
+    def __len__(self) -> int:
+        """Images in an epoch, n."""
+        return len(self.samples)
+
+    def __getitem__(self, draw: int) -> dict:
+        epoch, place = divmod(draw, len(self))
+        sample = self.samples[epoch_order(self.seed, epoch, len(self))[place]]
+        image = load_image(sample.image)
+        mask = load_mask(sample.mask, self.num_classes, image.shape[:2]) if self.with_masks else None
+        image, mask = augment(image, mask, self.crop_size, np.random.default_rng((self.seed, 1, draw)))
+        return as_item(sample, image, mask, self.num_classes)
+
+
+def draw_batches(start: int, stop: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[range]:
+    """The draws of each step from `start` to `stop`, for this process: a `batch_sampler` for TrainDataset.
+
+    Step s of the run takes draws s B .. (s+1) B with B = batch_size * world_size, process r the r-th batch_size of them:
+    two processes with 2 images see in each step what one process with 4 sees.
+    """
+    total = batch_size * world_size
+    return [range(step * total + rank * batch_size, step * total + (rank + 1) * batch_size) for step in range(start, stop)]
+
+
+class EvalDataset(Dataset):
+    """Whole pictures at their own size, in the order of `samples`: one per batch, since sizes differ.
+
+    Item    see `as_item`; mask only with `with_masks`
+    Raises  DataError  with_masks: if a mask is missing; at the item: if a file is broken or the mask has another size
+    """
+
+    def __init__(self, samples: list[Sample], num_classes: int, with_masks: bool = True):
+        if with_masks:
+            need_masks(samples)
+        self.samples, self.num_classes, self.with_masks = samples, num_classes, with_masks
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.samples[index]
+        image = load_image(sample.image)
+        mask = load_mask(sample.mask, self.num_classes, image.shape[:2]) if self.with_masks else None
+        return as_item(sample, image, mask, self.num_classes)
+
+
+# ---------------------------------------------------------------- scores
+
+def confusion_matrix(truth: torch.Tensor, prediction: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """How often is class i (row, truth) called class j (column)? Sum these over a split; nothing else has to be kept.
+
+    truth, prediction  the same shape, integer; truth 255 (void) is left out
+    ->                 (C, C) int64
+    Raises  ValueError  for different shapes or a prediction that is no class
+    """
+    if truth.shape != prediction.shape:
+        raise ValueError(f"truth {tuple(truth.shape)} and prediction {tuple(prediction.shape)} differ in shape; "
+                         "bring the prediction to the size of the picture first")
+    counted = truth < num_classes
+    truth, prediction = truth[counted].long(), prediction[counted].long()
+    counts = torch.bincount(truth * num_classes + prediction, minlength=num_classes ** 2)
+    if (prediction >= num_classes).any():
+        raise ValueError(f"prediction {int(prediction.max())} is no class; wanted 0..{num_classes - 1}")
+    return counts.reshape(num_classes, num_classes)
+
+
+def scores(matrix: torch.Tensor) -> dict:
+    """Pixel accuracy, mean accuracy, IoU per class and their mean, in [0, 1], from a confusion matrix (C, C).
+
+    Classes without a pixel of ground truth are left out of both means; a class in neither truth nor prediction has IoU NaN.
+    """
+    matrix = matrix.double().cpu()
+    hits, truth, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    iou, present = hits / (truth + predicted - hits), truth > 0
+    return {"pixel_accuracy": float(hits.sum() / matrix.sum()), "mean_accuracy": float((hits / truth)[present].mean()),
+            "miou": float(iou[present].mean()), "iou": iou.tolist()}
+
+
+# ---------------------------------------------------------------- pictures for people
+
+def colormap(n: int = 256) -> np.ndarray:
+    """(n, 3) uint8, VOC's palette: bits 0, 3, 6 of the class are the top bits of red, bits 1, 4, 7 green, 2, 5 blue."""
+    ids, colours = np.arange(n), np.zeros((n, 3), dtype=np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((ids >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return colours
+
+
+def save_mask(path: str | Path, mask: np.ndarray) -> None:
+    """(H, W) uint8 -> a palette PNG: the values are the classes, the colours VOC's. Written whole or not at all."""
+    image = Image.fromarray(np.asarray(mask, dtype=np.uint8)).convert("P")
+    image.putpalette(colormap().ravel().tolist())
+    partial_file = Path(f"{path}.part")
+    image.save(partial_file, format="PNG")
+    os.replace(partial_file, path)
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, classes: tuple[str, ...] = (), strength: float = 0.6) -> np.ndarray:
+    """The picture under the colours of its mask, with a legend of the classes found below it if `classes` are given.
+
+    image (H, W, 3) uint8, mask (H, W) -> (H + legend, max(W, 120 if legend), 3) uint8; background stays as it is
+    """
+    shown = (mask > 0)[..., None] * strength
+    blended = (image * (1 - shown) + colormap()[mask] * shown).round().astype(np.uint8)
+    names = [(value, classes[value - 1]) for value in np.unique(mask).tolist() if 0 < value <= len(classes)]
+    if not names:
+        return blended
+    font, line = ImageFont.load_default(14), 20
+    height, width = mask.shape
+    canvas = Image.new("RGB", (max(width, 120), height + line * len(names)), "white")
+    canvas.paste(Image.fromarray(blended))
+    pen = ImageDraw.Draw(canvas)
+    for row, (value, name) in enumerate(names):
+        top = height + line * row
+        pen.rectangle([4, top + 4, 16, top + 16], fill=tuple(colormap()[value].tolist()), outline="black")
+        pen.text((22, top + 2), name, fill="black", font=font)
+    return np.array(canvas)
+
+
+def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int, side: int = 240) -> Image.Image:
+    """Pictures (h, w, 3) uint8 in rows of `columns`, each fitted into side x side pixels, with a line of text below it."""
+    font, line, gap = ImageFont.load_default(14), 20, 8
+    pictures = [ImageOps.contain(Image.fromarray(picture), (side, side)) for picture in pictures]
+    rows = [list(zip(pictures, captions))[start:start + columns] for start in range(0, len(pictures), columns)]
+    heights = [max(picture.height for picture, _ in row) + line + gap for row in rows]
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, sum(heights) + gap), "white")
+    for number, row in enumerate(rows):
+        for column, (picture, text) in enumerate(row):
+            left, top = gap + column * (side + gap), gap + sum(heights[:number])
+            sheet.paste(picture, (left, top))
+            while len(text) > 2 and font.getlength(text) > side:
+                text = text[:-3] + ".."
+            ImageDraw.Draw(sheet).text((left, top + picture.height + 2), text, fill="black", font=font)
+    return sheet
+
+
+# ---------------------------------------------------------------- COCO: masks from the json
+
+def official_coco_masks():
+    """pycocotools.mask, if it is installed."""
+    try:
+        return import_module("pycocotools.mask")
+    except ImportError:
+        return None
+
+
+def object_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+    """(H, W) bool of one COCO object: polygons [[x, y, x, y, ...], ...] or run lengths {"counts": [...]} (crowds).
+
+    With pycocotools exactly as the official masks. Without it polygons are drawn by Pillow at five times the size; on real
+    objects the two then agree to an IoU of 0.997 (pooled), and differ by single pixels along the edges.
+    """
+    if official := official_coco_masks():
+        codes = official.frPyObjects(segmentation, height, width)
+        return official.decode(official.merge(codes) if isinstance(codes, list) else codes).astype(bool)
+    if isinstance(segmentation, dict):
+        if not isinstance(segmentation["counts"], list):
+            raise ValueError("compressed run lengths; `pip install pycocotools` reads them")
+        runs = np.array(segmentation["counts"])  # column by column, background first
+        return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+    mask = np.zeros((height, width), bool)
+    for polygon in segmentation:
+        corners = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+        left, top = np.floor(corners.min(0)).clip(0, (width, height)).astype(int)
+        right, bottom = np.ceil(corners.max(0)).clip(0, (width, height)).astype(int)
+        if right > left and bottom > top:
+            fine = Image.new("L", (5 * (right - left), 5 * (bottom - top)))
+            ImageDraw.Draw(fine).polygon([tuple(5 * corner - 0.5) for corner in corners - (left, top)], fill=255)
+            coarse = fine.resize((right - left, bottom - top), Image.Resampling.BOX)
+            mask[top:bottom, left:right] |= np.asarray(coarse) > 127
+    return mask
+
+
+def coco_mask(height: int, width: int, objects: list, file: Path) -> np.ndarray:
+    """(H, W) uint8 class mask of one picture: where objects overlap, the smaller one is on top."""
+    try:
+        if height * width > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"a picture of {height} x {width}")
+        painted = [(object_mask(segmentation, height, width), number) for number, segmentation in objects]
+        result = np.zeros((height, width), np.uint8)
+        for mask, number in sorted(painted, key=lambda item: -item[0].sum()):
+            result[mask] = 1 + number
+        return result
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
+        raise DataError(f"{file}: cannot draw an object ({error}); take the file out of the archive again") from error
+
+
+def write_coco_masks(info: DatasetInfo, root: Path, split: str) -> None:
+    """SegmentationClass/val2014/000000000042.png and so on, for the pictures that have none."""
+    _, json_path, folder = coco_places(root, split)
+    missing = [sample.name for sample in list_samples(info, root, split) if sample.mask is None]
+    if missing:
+        records = read_coco_json(json_path, info.classes)
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in tqdm(missing, desc=f"masks of {split}", disable=None):
+        save_mask(folder / f"{name}.png", coco_mask(*records[name], json_path))
+    print(f"{split}: wrote {len(missing)} masks to {folder}")
+
+
+# ---------------------------------------------------------------- the toy world `shapes`
+
+def _arc(x: float, y: float, rx: float, ry: float, corners: int = 20, start: float = 0, stop: float = 360) -> list:
+    """The corners of an ellipse, or of its piece from `start` to `stop` degrees (clockwise, 0 = right)."""
+    turns = np.deg2rad(np.linspace(start, stop, corners, endpoint=stop - start < 360))
+    return list(zip(x + rx * np.cos(turns), y + ry * np.sin(turns)))
+
+
+def _mirror(points: list) -> list:
+    return [(-x, y) for x, y in points]
+
+
+_WING, _UNDERWING = [(0, -.1), (-.3, -.8), (-.95, -.9), (-1, -.2), (-.5, .1)], [(0, 0), (-.6, .12), (-.85, .6), (-.4, .9)]
+
+# Facets of each figure, painted in this order: (brightness of the paper, corners in [-1, 1], y downwards); MARK = the mark.
+MARK = None
+FIGURES = {
+    "boat": [(.70, [(-1, .3), (1, .3), (.55, .9), (-.55, .9)]), (.90, [(-1, .3), (-.1, .3), (-.55, .9)]),
+             (.60, [(-.14, -1), (-.04, -1), (-.04, .35), (-.14, .35)]), (.85, [(-.04, -1), (-.04, .3), (.8, .3)]),
+             (1.0, [(-.14, -.75), (-.14, .3), (-.75, .3)]),
+             (MARK, [(.02, -.5), (.15, -.5), (.15, .12), (.02, .12)]), (MARK, [(-.04, -.25), (.5, -.25), (.58, -.1), (-.04, -.1)])],
+    "butterfly": [(1.0, _WING), (.85, _mirror(_WING)), (.75, _UNDERWING), (.65, _mirror(_UNDERWING)),
+                  (.45, [(-.08, -.6), (.08, -.6), (.08, .65), (-.08, .65)]),
+                  (MARK, _arc(-.62, -.5, .2, .2)), (MARK, _arc(.62, -.5, .2, .2))],
+    "cat": [(.75, [(.3, .95), (.8, .6), (.75, .0), (.98, .05), (1, .75), (.6, 1)]),
+            (1.0, [(-.5, .95), (-.35, .0), (.0, -.2), (.0, .95)]), (.82, [(.55, .95), (.35, .0), (.0, -.2), (.0, .95)]),
+            (.92, [(-.55, -1), (-.2, -.7), (.2, -.7), (.55, -1), (.5, -.3), (.2, 0), (-.2, 0), (-.5, -.3)]),
+            (MARK, _arc(-.24, -.45, .13, .15, 4)), (MARK, _arc(.24, -.45, .13, .15, 4)),
+            (MARK, [(-.14, -.24), (.14, -.24), (0, -.06)])],
+    "fish": [(1.0, [(-1, 0), (-.5, -.5), (.1, -.45), (.5, 0)]), (.78, [(-1, 0), (-.5, .5), (.1, .45), (.5, 0)]),
+             (.88, [(.4, 0), (1, -.6), (.8, 0)]), (.68, [(.4, 0), (1, .6), (.8, 0)]), (.7, [(-.35, -.48), (.15, -.85), (.1, -.42)]),
+             (MARK, _arc(-.62, -.1, .14, .14)), (MARK, [(-.38, -.5), (-.26, -.5), (-.16, 0), (-.26, .5), (-.38, .5), (-.28, 0)])],
+    "house": [(1.0, [(-.7, -.1), (.1, -.1), (.1, .9), (-.7, .9)]), (.82, [(.1, -.1), (.7, -.1), (.7, .9), (.1, .9)]),
+              (.55, [(.4, -.9), (.6, -.9), (.6, -.3), (.4, -.3)]), (.68, [(-.95, -.05), (0, -.95), (.95, -.05)]),
+              (MARK, [(-.5, .3), (-.15, .3), (-.15, .9), (-.5, .9)]), (MARK, [(.18, .18), (.52, .18), (.52, .5), (.18, .5)])],
+    "mushroom": [(1.0, [(-.28, -.1), (.28, -.1), (.4, .95), (-.4, .95)]), (.85, [(.05, -.1), (.28, -.1), (.4, .95), (.15, .95)]),
+                 (.8, _arc(0, .05, .95, .95, 20, 180, 360)),
+                 (MARK, _arc(-.45, -.25, .15, .15)), (MARK, _arc(.05, -.6, .15, .15)), (MARK, _arc(.5, -.22, .15, .15))],
+    "rabbit": [(.75, _arc(.2, .5, .65, .45)), (.9, _arc(.0, .55, .4, .4)),
+               (.85, [(-.5, -.2), (-.8, -1), (-.5, -1), (-.3, -.25)]), (.7, [(-.4, -.2), (-.25, -1), (.05, -.9), (-.15, -.1)]),
+               (1.0, _arc(-.45, .0, .36, .32)), (.6, _arc(.85, .35, .15, .15)),
+               (MARK, [(-.48, -.4), (-.68, -.92), (-.55, -.92), (-.38, -.4)]), (MARK, _arc(-.55, -.02, .1, .1))],
+    "turtle": [(.75, [(-.55, .2), (-.25, .2), (-.35, .7), (-.65, .7)]), (.75, [(.25, .2), (.55, .2), (.65, .7), (.35, .7)]),
+               (.9, _arc(-.8, .1, .22, .2)), (.6, [(.6, .2), (1, .4), (.6, .4)]), (1.0, _arc(0, .4, .75, .9, 20, 180, 360)),
+               (MARK, [(-.3, -.05), (-.15, -.28), (.15, -.28), (.3, -.05), (.15, .18), (-.15, .18)])],
+}
+CLASSES = tuple(FIGURES)
+BACKGROUNDS = {  # name -> usual colour; the true one strays from it by up to half of the range
+    "grass": (96, 130, 62), "water": (70, 120, 160), "bricks": (160, 92, 72), "planks": (150, 115, 78),
+    "sand": (205, 180, 135), "pebbles": (130, 130, 128)}
+
+
+def _noise(rng: np.random.Generator, size: int, rows: int, cols: int) -> np.ndarray:
+    """Smooth noise (size, size) in about [-1, 1] with rows x cols bumps."""
+    grid = rng.uniform(-1, 1, (rows, cols)).astype(np.float32)
+    return np.asarray(Image.fromarray(grid).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def draw_background(rng: np.random.Generator, size: int, kind: str) -> np.ndarray:
+    """(size, size, 3) float32 in 0..255: one textured ground. Texture tells the kind; its colour is a hint only."""
+    y, x = np.mgrid[:size, :size].astype(np.float32) + rng.integers(0, 64, (2, 1, 1))
+    step = rng.uniform(9, 16)  # pixels: course of bricks, width of a plank, length of a wave, a pebble
+    bumps = max(2, round(size / step))
+    grain = rng.normal(0, 1, (size, size)).astype(np.float32)
+    if kind == "bricks":
+        row = y // step
+        inside = (y % step > 2) & ((x + row % 2 * step) % (2 * step) > 2)
+        tint = np.take(rng.uniform(-.18, .18, 997), (row * 31 + (x + row % 2 * step) // (2 * step)).astype(int) % 997)
+        light = np.where(inside, tint, .35) + .04 * grain
+    elif kind == "planks":
+        row = y // step
+        tint = np.take(rng.uniform(-.15, .15, 97), row.astype(int) % 97)
+        light = np.where(y % step < 1.5, -.45, tint + .13 * _noise(rng, size, size // 2, 4)) + .02 * grain
+    elif kind == "water":
+        light = .22 * np.sin(6.28 / step * (y + 4 * np.sin(x / step + rng.uniform(0, 6)) + 3 * _noise(rng, size, bumps, bumps)))
+    elif kind == "grass":
+        light = .38 * _noise(rng, size, max(2, size // 6), size // 2) + .08 * _noise(rng, size, bumps, bumps)
+    elif kind == "sand":
+        light = .10 * grain + .08 * _noise(rng, size, bumps, 2)
+    else:
+        canvas = Image.new("F", (size, size), -.45)
+        pen = ImageDraw.Draw(canvas)
+        for cy, cx, r, tint in rng.uniform((-4, -4, .3, -.3), (size + 4, size + 4, .6, .35), (2 * bumps ** 2, 4)):
+            pen.ellipse([cx - r * step, cy - .8 * r * step, cx + r * step, cy + .8 * r * step], fill=tint, outline=-.4)
+        light = np.asarray(canvas) + .04 * grain
+    light = light + rng.uniform(.1, .25) * _noise(rng, size, 2, 2)  # lamps and shadows
+    colour = np.array(BACKGROUNDS[kind]) * rng.uniform(.8, 1.2) + rng.uniform(-45, 45, 3)
+    return (colour.clip(30, 235) * (1 + light[..., None])).clip(0, 255).astype(np.float32)
+
+
+def _paper(rng: np.random.Generator) -> np.ndarray:
+    """A colour of paper, (3,) in 0..255: any hue."""
+    return 255 * np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(.25, .9), rng.uniform(.45, 1)))
+
+
+def _paint(rng: np.random.Generator, image: np.ndarray, facets: list, centre: np.ndarray, radius: float) -> np.ndarray:
+    """Put one sheet of folded paper on the image, in place, with its shadow. -> its mask, (H, W) bool."""
+    reach = int(1.8 * radius) + 8                                        # pixels: figure, shadow and its blur
+    left, top = (int(c) - reach for c in centre)
+    window = tuple(slice(max(0, start), max(0, start + 2 * reach)) for start in (top, left))
+    part, inside = image[window], tuple(slice(s.start - o, s.stop - o) for s, o in zip(window, (top, left)))
+    paper = _paper(rng)
+    while np.abs(paper - part.mean((0, 1))).max() < 60:
+        paper = _paper(rng)
+    mark = np.full(3, 245.) if paper @ (.3, .59, .11) < 140 else .25 * paper
+    turn = np.deg2rad(rng.uniform(-40, 40))
+    matrix = radius * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    matrix = matrix * rng.uniform(.8, 1.2, 2) * (rng.choice([-1, 1]), 1)  # stretched; half of them mirrored
+    canvas = Image.new("RGBA", (4 * reach, 4 * reach), (*paper.astype(int), 0))  # twice the size: smooth edges
+    pen = ImageDraw.Draw(canvas)
+    for shade, corners in facets:
+        colour = mark if shade is MARK else paper * shade
+        pen.polygon([tuple(p) for p in 2 * (np.array(corners) @ matrix.T + centre - (left, top))], fill=(*colour.astype(int), 255))
+    layer = np.asarray(canvas.resize((2 * reach, 2 * reach), Image.Resampling.BOX), dtype=np.float32)
+    shadow = Image.fromarray(layer[..., 3].astype(np.uint8)).filter(ImageFilter.GaussianBlur(2))
+    shadow = np.roll(np.asarray(shadow, dtype=np.float32), (2, 2), (0, 1))
+    y, x = np.mgrid[:2 * reach, :2 * reach]
+    wave = np.sin((x * np.cos(5 * turn) + y * np.sin(5 * turn)) * rng.uniform(.4, 1.4)) * rng.uniform(0, .12)
+    rgb = (layer[..., :3] * (1 + wave + rng.normal(0, .03, wave.shape))[..., None]).clip(0, 255)
+    height, width = part.shape[:2]
+    inside = tuple(slice(i.start, i.start + n) for i, n in zip(inside, (height, width)))
+    part *= 1 - .45 * shadow[inside][..., None] / 255
+    part += layer[inside][..., 3:] / 255 * (rgb[inside] - part)
+    mask = np.zeros(image.shape[:2], bool)
+    mask[window] = layer[inside][..., 3] > 127
+    return mask
+
+
+def _scraps(rng: np.random.Generator, image: np.ndarray, count: int) -> None:
+    """Clutter: `count` torn pieces of paper, three or four corners, no class."""
+    for _ in range(count):
+        corners = _arc(0, 0, 1, 1, int(rng.integers(3, 6)))
+        _paint(rng, image, [(1., corners), (.8, corners[:3])], rng.uniform(0, len(image), 2), rng.uniform(2.5, 7))
+
+
+def draw_tile(rng: np.random.Generator, size: int, kind: str, figure: str | None) -> np.ndarray:
+    """One ground with at most one figure that fills 45 to 95 % of the tile: (size, size, 3) uint8."""
+    image = draw_background(rng, size, kind)
+    _scraps(rng, image, rng.integers(0, 1 + size // 24))
+    if figure is not None:
+        radius = size * rng.uniform(.24, .48)
+        room = size / 2 - .8 * radius
+        _paint(rng, image, FIGURES[figure], size / 2 + rng.uniform(-room, room, 2), radius)
+    return image.round().astype(np.uint8)
+
+
+def draw_scene(rng: np.random.Generator, size: int = 128, max_objects: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """One picture of the data set: -> image (size, size, 3) uint8, mask (size, size) uint8 (0 ground, 1 + class id).
+
+    One ground or two that meet at a slanted line, scraps, and 1 to `max_objects` figures. A figure may hide up to half
+    of another one and may leave the picture by a third of its radius; the last one painted is in front.
+    """
+    kinds = rng.choice(list(BACKGROUNDS), 2, replace=False)
+    image = draw_background(rng, size, kinds[0])
+    if rng.uniform() < .5:
+        y, x = np.mgrid[:size, :size] / size - .5
+        turn = rng.uniform(0, 2 * np.pi)
+        below = x * np.cos(turn) + y * np.sin(turn) > rng.uniform(-.2, .2)
+        image[below] = draw_background(rng, size, kinds[1])[below]
+    _scraps(rng, image, rng.integers(3, 9))
+    owner = np.zeros((size, size), int)  # which figure is seen at a pixel, 0 = none
+    values, areas = [0], [0]             # of each figure: its value in the mask, its pixels when nothing hides it
+    for _ in range(rng.integers(1, max_objects + 1)):
+        for _ in range(10):              # places to try
+            class_id, radius, trial = rng.integers(len(CLASSES)), size * rng.uniform(.15, .34), image.copy()
+            figure = _paint(rng, trial, FIGURES[CLASSES[class_id]], rng.uniform(.7 * radius, size - .7 * radius, 2), radius)
+            covered = np.where(figure, len(areas), owner)
+            seen = np.bincount(covered.ravel(), minlength=len(areas) + 1)
+            if (seen[1:] >= .5 * np.array([*areas[1:], figure.sum()])).all():
+                image, owner = trial, covered
+                values.append(1 + class_id)
+                areas.append(figure.sum())
+                break
+    return image.round().astype(np.uint8), np.array(values, np.uint8)[owner]
+
+
+def scene(seed: int, index: int, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
+    """Picture `index` of the endless list `seed`: the same in every process and worker. See `draw_scene`."""
+    return draw_scene(np.random.default_rng((seed, index)), size)
+
+
+def make_shapes(root: Path, seed: int = 0, n_train: int = 1000, n_val: int = 200) -> None:
+    """Draw the toy world to a folder: images/, masks/ and labels.csv, like any folder of one's own.
+
+    It is drawn beside its place and then renamed: whole or not there, also when several processes start at once.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
+        draft, lines = Path(folder) / root.name, ["file,classes,split"]
+        for name in ("images", "masks"):
+            (draft / name).mkdir(parents=True)
+        for number in tqdm(range(n_train + n_val), desc="drawing shapes", disable=None):
+            image, mask = scene(seed, number)
+            Image.fromarray(image).save(draft / "images" / f"{number:05d}.png")
+            save_mask(draft / "masks" / f"{number:05d}.png", mask)
+            names = ";".join(SHAPES_CLASSES[label] for label in mask_labels(mask))
+            lines.append(f"{number:05d}.png,{names},{'train' if number < n_train else 'val'}")
+        (draft / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        try:
+            draft.rename(root)
+        except OSError:
+            if not (root / "labels.csv").exists():  # otherwise another process was first, with the same pictures
+                raise
+
+
+# ---------------------------------------------------------------- the check and the command line
+
+def inspect(sample: Sample, num_classes: int) -> tuple[list[str], bool]:
+    """Open both files of a sample. -> what is wrong, and whether its mask shows other classes than its label says."""
+    problems: list[str] = []
+    images = gather(load_image, [sample.image], problems)
+    size = images[0].shape[:2] if images else None
+    masks = gather(lambda path: load_mask(path, num_classes, size), [sample.mask] if sample.mask else [], problems)
+    return problems, any(set(mask_labels(mask)) != set(sample.labels) for mask in masks)
+
+
+def report(info: DatasetInfo, root: Path, thorough: bool) -> list[str]:
+    """Print what each split has. -> all problems found; `thorough` opens every file and compares masks with labels."""
+    problems: list[str] = []
+    seen: set[str] = set()
+    for split, published in SPLITS[info.name].items():
+        try:
+            samples = list_samples(info, root, split, problems)
+        except DataError as error:
+            if split == "test":  # lies in an archive of its own, which only a submission to the server needs
+                print(f"{split:10} not here: {error}")
+            else:
+                problems.append(str(error))
+            continue
+        print(f"{split:10} {describe(samples)}")
+        if published not in (None, len(samples)):
+            problems.append(f"{split}: {len(samples)} usable images, the published split has {published}")
+        counts = Counter(info.classes[label] for sample in samples for label in sample.labels)
+        print(textwrap.indent(textwrap.fill(", ".join(f"{name} {counts[name]}" for name in info.classes), 100), " " * 11))
+        if thorough:
+            todo = [sample for sample in samples if sample.image not in seen]
+            seen.update(sample.image for sample in todo)
+            with ThreadPoolExecutor() as pool:
+                results = list(tqdm(pool.map(partial(inspect, num_classes=info.num_classes), todo), total=len(todo),
+                                    desc=f"opening {split}", disable=None))
+            problems += [problem for found, _ in results for problem in found]
+            print(f"{'':10} {len(todo)} opened that were not before; in {sum(differs for _, differs in results)} the mask "
+                  "shows other classes than the label says (in the whole VOC train_aug: in about 8 %)")
+    return problems
+
+
+def draw_sheet(info: DatasetInfo, root: Path, split: str) -> Image.Image:
+    """24 pictures, from all over the split, under their masks; the captions are the image-level labels."""
+    pictures, captions = [], []
+    samples = list_samples(info, root, split)
+    for sample in samples[::max(1, len(samples) // 24)][:24]:
+        image = load_image(sample.image)
+        mask = load_mask(sample.mask, info.num_classes, image.shape[:2]) if sample.mask else None
+        pictures.append(image if mask is None else overlay(image, mask))
+        captions.append(", ".join(info.classes[label] for label in sample.labels) or "no class")
+    return contact_sheet(pictures, captions, columns=6)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help=f"{', '.join(DATASETS)}, or a folder of your own")
+    parser.add_argument("--data-path", "--data_path", metavar="DIR",
+                        help="where it lies (default: data/NAME beside this file)")
+    parser.add_argument("--check", action="store_true", help="open every file and list all problems; writes nothing")
+    parser.add_argument("--sheet", metavar="OUT.png",
+                        help="draw a contact sheet of 24 training pictures with masks and labels")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """-> exit status: 0, or 1 if there are problems."""
+    args = parse_args(argv)
+    info, root = dataset_info(args.dataset), find_root(args.dataset, args.data_path)
+    print(f"{info.name} in {root}, {info.num_classes} classes with background: "
+          + ", ".join(f"{number} {name}" for number, name in enumerate(info.classes, 1)))
+    problems: list[str] = []
+    if info.name == "coco" and not args.check:
+        gather(partial(write_coco_masks, info, root), list(SPLITS["coco"]), problems)
+    problems = list(dict.fromkeys(problems + report(info, root, args.check)))
+    if args.sheet:
+        draw_sheet(info, root, "train").save(args.sheet)
+        print(f"wrote {args.sheet}")
+    for problem in problems:
+        print(f"problem: {problem}")
+    if problems and info.name in FETCH:
+        print("to be had: {} from {}".format(*FETCH[info.name]))
+    print(f"{len(problems)} problems" if problems else "no problems")
+    return int(bool(problems))
+
+
+def run(main) -> None:
+    """How each of the six files ends: bad input is one clear message and exit status 2, Ctrl-C is quiet."""
+    try:
+        sys.exit(main())
+    except (DataError, OSError) as error:  # a loader worker's error comes wrapped in its traceback: the end is ours
+        print(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,365 @@
+"""02 - The frozen backbones: what do CLIP and DINO know about an image and a word?
+
+In     normalised images from 01_data, prompts, weight files in OpenAI's and Meta's own formats
+Out    `text_features`, `clip_features` (tokens and attention maps of every block), `dino_features`
+Paper  WeCLIP (CVPR 2024), frozen CLIP encoder; WeCLIP+ (TPAMI 2025), frozen DINO encoder. Nothing in this file is ever
+       trained by the method: it is read once, and every later file asks it for tokens.
+
+    python 02_backbone.py                                          # the toy pair of `shapes`: towers, shapes, memory
+    python 02_backbone.py --clip ViT-B/16 --dino dinov2_vits14     # the pair of the papers (downloaded, hash checked)
+
+Letters: B images, T = 1 + N tokens (CLS first), N = h * w patches, D width, L blocks, E joint embedding width.
+"""
+import argparse
+import hashlib
+import sys
+import urllib.error
+import warnings
+import zipfile
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # clip still asks it for torch's version
+import clip  # noqa: E402
+import clip.model  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # our folder, wherever we are started from
+data = import_module("01_data")  # `import 01_data` is not Python: the name starts with a digit
+
+SHAPES_DIR = Path(__file__).resolve().parent / ".github" / "shapes"  # the toy pair, shipped
+
+# Meta's files: https://dl.fbaipublicfiles.com/dinov2/<model>/<model>[_reg4]_pretrain.pth and their SHA-256
+DINO_SHA256 = {
+    "dinov2_vits14": "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+    "dinov2_vitb14": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
+    "dinov2_vitl14": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+    "dinov2_vits14_reg": "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb",
+    "dinov2_vitb14_reg": "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
+    "dinov2_vitl14_reg": "36e4deffbaef061a2576705b0c36f93621e2ae20bf6274694821b0b492551b51",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CLIP: OpenAI's own modules and files; we only walk through its blocks ourselves, to keep what happens between them
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_clip(name_or_path: str, device: str | torch.device = "cpu") -> nn.Module:
+    """Which CLIP? One of OpenAI's names, OpenAI's TorchScript file, a plain state dict, or `shapes` (the toy).
+
+    name_or_path  "ViT-B/16" (downloaded to ~/.cache/clip, SHA-256 checked by the clip package), or a file
+    ->            clip.model.CLIP in float32, in eval mode, no parameter trainable
+    Raises        data.DataError for a missing or foreign file, or a tower that is no vision transformer
+    """
+    if name_or_path in clip.available_models():
+        try:
+            model, _ = clip.load(name_or_path, device="cpu", jit=False)
+        except (urllib.error.URLError, RuntimeError, OSError) as error:
+            url = clip.clip._MODELS[name_or_path]
+            raise data.DataError(f"CLIP {name_or_path} could not be downloaded ({error}); fetch {url} elsewhere, "
+                                  f"put it into ~/.cache/clip or give it as --clip FILE") from error
+    else:
+        model = _clip_from_file(SHAPES_DIR / "clip.pt" if name_or_path == "shapes" else Path(name_or_path))
+    if not isinstance(model.visual, clip.model.VisionTransformer):
+        raise data.DataError(f"{name_or_path}: a ResNet CLIP; WeCLIP needs a vision transformer such as ViT-B/16")
+    return model.float().eval().requires_grad_(False).to(device)
+
+
+def _clip_from_file(path: Path) -> nn.Module:
+    if not path.is_file():
+        raise data.DataError(f"{path}: no such CLIP file; give --clip a file or one of {clip.available_models()}")
+    try:
+        if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
+            return clip.load(str(path), device="cpu", jit=False)[0]  # OpenAI's TorchScript archive
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        # The toy file keeps only the rows of the token embedding that its world has words for.
+        return clip.model.build_model({k: v.to_dense() if v.is_sparse else v for k, v in state.items()})
+    except Exception as error:  # whatever a foreign file makes torch or clip raise: say which file it was
+        raise data.DataError(f"{path}: not a CLIP of OpenAI's (TorchScript archive or state dict): {error}") from error
+
+
+@torch.no_grad()
+def text_features(model: nn.Module, names: tuple[str, ...], template: str = data.TEMPLATE) -> torch.Tensor:
+    """What does CLIP think of when it reads these names? One unit vector per name (CLIP-ES, "a clean origami {}.").
+
+    names  n prompts as they stand in DatasetInfo.prompts or .background
+    ->     (n, E) float32, L2 norm 1
+    """
+    try:
+        tokens = clip.tokenize([template.format(name) for name in names])
+    except RuntimeError as error:  # the text tower reads 77 tokens
+        raise data.DataError(f"a class name is too long for CLIP: {error}") from error
+    return F.normalize(model.encode_text(tokens.to(model.token_embedding.weight.device)), dim=-1)
+
+
+@torch.no_grad()
+def clip_features(model: nn.Module, images: torch.Tensor, num_maps: int = 1) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """What does the frozen CLIP see in an image, block by block? (WeCLIP: the encoder is frozen, every block is used.)
+
+    images    (B, 3, H, W) normalised with ImageNet statistics; a remainder of H or W over the patch size is cut off
+    num_maps  how many of the last attention maps the caller needs, the last block's own included. That block runs
+              inside 03_cam.grad_cam, which makes the last map; 1 therefore asks for none here
+    ->        tokens: list of the L-1 outputs (B, 1+N, D) of all blocks but the last,
+              maps: (B, num_maps-1, 1+N, 1+N), attention averaged over the heads, oldest first
+    """
+    visual = model.visual
+    patches = visual.conv1(images)  # (B, D, h, w)
+    position = clip_position_embedding(visual.positional_embedding, patches.shape[-2:])
+    cls = visual.class_embedding.expand(len(images), 1, -1)
+    x = visual.ln_pre(torch.cat([cls, patches.flatten(2).mT], dim=1) + position)
+    blocks = visual.transformer.resblocks
+    tokens, maps = [], []
+    for i, block in enumerate(blocks[:-1]):
+        attended, attn = attend(block.attn, block.ln_1(x), with_map=i >= len(blocks) - num_maps)
+        x = x + attended
+        x = x + block.mlp(block.ln_2(x))
+        tokens.append(x)
+        if attn is not None:
+            maps.append(attn)
+    return tokens, torch.stack(maps, dim=1) if maps else x.new_zeros(len(x), 0, x.shape[1], x.shape[1])
+
+
+def attend(mha: nn.MultiheadAttention, x: torch.Tensor, with_map: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Self-attention of one block; the attention map is formed only when somebody reads it.
+
+    x  (B, T, D)  ->  (B, T, D) and the mean over heads of softmax(q k^T / sqrt(d)), (B, T, T) [query, key], or None
+    """
+    q, k, v = (part.unflatten(-1, (mha.num_heads, -1)).transpose(1, 2)  # (B, heads, T, d)
+               for part in F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, dim=-1))
+    if with_map:
+        weights = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(dim=-1)
+        out, mean_map = weights @ v, weights.mean(dim=1)
+    else:
+        out, mean_map = F.scaled_dot_product_attention(q, k, v), None
+    return mha.out_proj(out.transpose(1, 2).flatten(2)), mean_map
+
+
+def clip_position_embedding(embedding: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """CLIP was trained on a square grid; where are the patches of another one? (1+G*G, D) -> (1+h*w, D), bilinear."""
+    side = round((len(embedding) - 1) ** 0.5)
+    square = embedding[1:].unflatten(0, (side, side)).permute(2, 0, 1)[None]  # (1, D, G, G)
+    resized = F.interpolate(square, size=tuple(grid), mode="bilinear", align_corners=False)
+    return torch.cat([embedding[:1], resized[0].flatten(1).mT])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DINOv2: a plain vision transformer that reads Meta's files under their own keys
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class LayerScale(nn.Module):
+    """Each residual branch times a learned vector."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gamma
+
+
+class DinoAttention(nn.Module):
+    """Multi-head self-attention with DINOv2's parameter names (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, T, d)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class DinoBlock(nn.Module):
+    """One pre-norm transformer block with LayerScale (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = DinoAttention(width, heads)
+        self.ls1 = LayerScale(width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.ls2 = LayerScale(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
+
+
+class DINOv2(nn.Module):
+    """DINOv2 (Oquab et al. 2023) and its version with registers (Darcet et al. 2023), as Meta's state dicts lay it out.
+
+    width, depth, heads   384/12/6 (ViT-S), 768/12/12 (B), 1024/24/16 (L)
+    patch, grid           14 and 37 (518 pixels) in all of Meta's files
+    registers             0, or 4 in the "_reg" files
+    """
+
+    def __init__(self, width: int, depth: int, heads: int, patch: int = 14, grid: int = 37, registers: int = 0):
+        super().__init__()
+        self.patch, self.grid, self.registers = patch, grid, registers
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, width))  # only DINOv2's own training uses it
+        if registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
+        self.blocks = nn.Sequential(*(DinoBlock(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def position_embedding(self, h: int, w: int) -> torch.Tensor:
+        """The trained G x G grid of positions on an h x w one, bicubic: (1, 1+h*w, D).
+
+        The plain models stretch by (size + 0.1) / G, a guard against rounding that shifts every sample a little;
+        the register models resize to the size itself, with antialiasing. Both as in Meta's hub entries.
+        """
+        if (h, w) == (self.grid, self.grid):
+            return self.pos_embed
+        square = self.pos_embed[:, 1:].mT.unflatten(2, (self.grid, self.grid))  # (1, D, G, G)
+        if self.registers:
+            resized = F.interpolate(square, size=(h, w), mode="bicubic", antialias=True)
+        else:
+            factors = ((h + 0.1) / self.grid, (w + 0.1) / self.grid)
+            resized = F.interpolate(square, scale_factor=factors, mode="bicubic")
+        return torch.cat([self.pos_embed[:, :1], resized.flatten(2).mT], dim=1)
+
+    def tokens(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Patch embeddings (B, N, D) of an (h, w) grid -> all tokens after the final norm, (B, 1+registers+N, D)."""
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.position_embedding(*grid)
+        if self.registers:
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        return self.norm(self.blocks(x))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) with H and W multiples of the patch size -> patch tokens as a map, (B, D, h, w)."""
+        patches = self.patch_embed["proj"](images)  # (B, D, h, w)
+        x = self.tokens(patches.flatten(2).mT, patches.shape[-2:])
+        return x[:, 1 + self.registers:].mT.unflatten(2, patches.shape[-2:])
+
+
+def load_dino(name_or_path: str, device: str | torch.device = "cpu") -> DINOv2:
+    """Which DINO? One of Meta's names (see DINO_SHA256), Meta's .pth file, or `shapes` (the toy).
+
+    ->      DINOv2 in float32, in eval mode, no parameter trainable
+    Raises  data.DataError for a missing file, a wrong hash, or a state dict with other keys
+    """
+    if name_or_path in DINO_SHA256:
+        path = _download_dino(name_or_path)
+    else:
+        path = SHAPES_DIR / "dino.pth" if name_or_path == "shapes" else Path(name_or_path)
+    if not path.is_file():
+        raise data.DataError(f"{path}: no such DINOv2 file; give --dino a file or one of {list(DINO_SHA256)}")
+    try:
+        model = dino_from_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # whatever a foreign file makes torch raise: say which file it was
+        raise data.DataError(f"{path}: not a DINOv2 state dict under Meta's keys: {error}") from error
+    return model.float().eval().requires_grad_(False).to(device)
+
+
+def dino_from_state_dict(state: dict, heads: int | None = None) -> DINOv2:
+    """The model that fits a state dict; its sizes are read off the tensors. Heads are width / 64 unless told."""
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    depth = sum(key.endswith("attn.qkv.weight") for key in state)
+    grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    model = DINOv2(width, depth, heads or width // 64, patch, grid, registers)
+    model.load_state_dict(state)
+    return model
+
+
+def _download_dino(name: str) -> Path:
+    folder = name.removesuffix("_reg")
+    file = f"{folder}_{'reg4_' if name.endswith('_reg') else ''}pretrain.pth"
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file
+    url = f"https://dl.fbaipublicfiles.com/dinov2/{folder}/{file}"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=DINO_SHA256[name])
+        except (urllib.error.URLError, RuntimeError, OSError) as error:
+            raise data.DataError(f"{name} could not be downloaded ({error}); fetch {url} elsewhere, put it at {path} "
+                                  "or give it as --dino FILE") from error
+    elif hashlib.sha256(path.read_bytes()).hexdigest() != DINO_SHA256[name]:
+        raise data.DataError(f"{path}: not the file Meta published (SHA-256 differs); delete it and start again")
+    return path
+
+
+@torch.no_grad()
+def dino_features(model: DINOv2, images: torch.Tensor) -> torch.Tensor:
+    """What does the frozen DINO see? Its final-norm patch tokens on its own grid (WeCLIP+; released code).
+
+    images  (B, 3, H, W), normalised as for CLIP; resized bilinearly to the next multiples of the patch size below
+            (320 -> 308), at least one patch
+    ->      (B, d, h', w') with h' = H // patch, w' = W // patch
+    """
+    size = [max(length // model.patch, 1) * model.patch for length in images.shape[-2:]]
+    return model(F.interpolate(images, size=size, mode="bilinear", align_corners=False))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Which frozen weights were these? 16 hex digits over the names and first values of every tensor.
+
+    A checkpoint holds the trained part only; this is how 06_infer knows that it was given the same backbone.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Both together: what every later file is handed
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Encoders(NamedTuple):
+    """The frozen half of the method, with the texts it was asked."""
+
+    clip: nn.Module
+    dino: nn.Module | None  # None: WeCLIP
+    text_fg: torch.Tensor   # (C-1, E) unit norm, one row per class
+    text_bg: torch.Tensor   # (n_bg, E) unit norm
+
+
+class Seen(NamedTuple):
+    """What the encoders saw in a batch of images."""
+
+    tokens: list[torch.Tensor]     # L-1 of (B, 1+N, D)
+    maps: torch.Tensor             # (B, num_maps-1, 1+N, 1+N), without the last block's
+    dino_map: torch.Tensor | None  # (B, d, h', w')
+    grid: tuple[int, int]          # (h, w) patches of CLIP
+
+
+def load_encoders(clip_name: str, dino_name: str | None, info, device: str | torch.device = "cpu") -> Encoders:
+    """Both backbones on a device and the text features of a data set's classes (`info` is a 01_data.DatasetInfo)."""
+    clip_model = load_clip(clip_name, device)
+    return Encoders(clip_model, load_dino(dino_name, device) if dino_name else None,
+                    text_features(clip_model, info.prompts), text_features(clip_model, info.background))
+
+
+def look(encoders: Encoders, images: torch.Tensor, num_maps: int = 1, amp: torch.dtype | None = None) -> Seen:
+    """One pass of the frozen encoders over (B, 3, H, W) normalised images. No gradient, nothing is stored.
+
+    num_maps  as in clip_features
+    amp       torch.bfloat16 or torch.float16 for the encoders; what comes out is float32 all the same
+    """
+    patch = encoders.clip.visual.conv1.kernel_size[0]
+    with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
+        tokens, maps = clip_features(encoders.clip, images, num_maps)
+        dino_map = None if encoders.dino is None else dino_features(encoders.dino, images).float()
+    return Seen([x.float() for x in tokens], maps.float(), dino_map, (images.shape[-2] // patch, images.shape[-1] // patch))
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--clip", default="shapes", help="OpenAI's name, a file, or shapes (default: %(default)s)")
+    p.add_argument("--dino", default="shapes", help="Meta's name, a file, shapes or none (default: %(default)s)")
+    p.add_argument("--size", type=int, nargs=2, default=None, metavar=("H", "W"), help="pixels of the trial image")
+    p.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
+    return p.parse_args(argv)

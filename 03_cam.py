@@ -1,0 +1,143 @@
+"""03 - Class activation maps: where in the image does a word light up?
+
+In     the tokens that enter CLIP's last block (02_backbone), text features of the classes and of the background
+Out    `grad_cam`, `normalize_cams`, `box_masks`: one map per (image, class) pair, batched, nothing leaves the device
+Paper  WeCLIP, CVPR 2024, the initial CAM; the method is CLIP-ES (CVPR 2023): Grad-CAM (Selvaraju et al. 2017) on the
+       softmax over the classes of the image and a list of background names, so that words exclude one another.
+
+    python 03_cam.py cat.jpg --classes cat sofa --clip ViT-B/16        # no training, no labels on disk
+    python 03_cam.py                                                   # the toy CLIP on a picture of `shapes`
+
+Letters: B images, P (image, class) pairs, C-1 foreground classes, N = h * w patches, D width, E joint embedding width.
+"""
+import argparse
+import math
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # our folder, wherever we are started from
+data = import_module("01_data")
+backbone = import_module("02_backbone")
+
+EPS = 1e-7  # of the min-max normalisation. Refined maps can be as small as 1e-6: the constant is part of the result
+
+
+def class_pairs(labels: torch.Tensor) -> torch.Tensor:
+    """Which maps have to be made? One per image and class present in it.
+
+    labels  (B, C-1) multi-hot image-level labels
+    ->      (P, 2) long: image, class; images in order and classes ascending. P may be 0
+    """
+    return labels.nonzero()
+
+
+def grad_cam(model: nn.Module, tokens: torch.Tensor, text_fg: torch.Tensor, text_bg: torch.Tensor, pairs: torch.Tensor,
+             grid: tuple[int, int], logit_scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where is the evidence for a class? Softmax Grad-CAM at the last block's ln_1 (SPEC of CLIP-ES; WeCLIP's CAM).
+
+    The last block runs once per image. The patches of its output are averaged (CLS left out) into the image embedding;
+    P = softmax(s cos(embedding, text)) over the classes of this image and all background names. The target is the
+    probability and not the logit: that is what makes classes exclusive. Channel weights are the mean over the patches of
+    dP / dA, A the output of ln_1; the map is their weighted sum of A. The gradient reaches A through attention only,
+    since the shortcut goes around ln_1.
+
+    model             CLIP (02_backbone.load_clip)
+    tokens            (B, 1+N, D) that enter the last block
+    text_fg, text_bg  (C-1, E) and (n_bg, E), unit norm
+    pairs             (P, 2) of class_pairs
+    grid              (h, w), with N = h * w
+    logit_scale       s; the model's own exp(logit_scale) when None
+    ->                cams (P, h, w) before relu and normalisation,
+                      probs (B, C-1 + n_bg), 0 for classes that the image does not show,
+                      last_map (B, 1+N, 1+N), attention of the last block averaged over its heads
+    """
+    visual, block = model.visual, model.visual.transformer.resblocks[-1]
+    scale = model.logit_scale.exp() if logit_scale is None else logit_scale
+    image_of, class_of = pairs.to(tokens.device).unbind(1)
+    present = torch.zeros(len(tokens), len(text_fg), dtype=torch.bool, device=tokens.device)
+    present[image_of, class_of] = True
+    shown = torch.cat([present, present.new_ones(len(tokens), len(text_bg))], dim=1)
+
+    with torch.enable_grad():
+        activations = block.ln_1(tokens.detach()).requires_grad_()  # (B, 1+N, D)
+        attended, last_map = backbone.attend(block.attn, activations, with_map=True)
+        x = tokens.detach() + attended
+        x = x + block.mlp(block.ln_2(x))
+        embedding = visual.ln_post(x)[:, 1:].mean(dim=1) @ visual.proj  # (B, E)
+        logits = scale * F.normalize(embedding, dim=-1) @ torch.cat([text_fg, text_bg]).T
+        probs = logits.masked_fill(~shown, -torch.inf).softmax(dim=-1)
+
+        # One backward pass for the k-th class of every image at once, and all k batched (vmap): slot k of image b.
+        slot_of = present.cumsum(dim=1)[image_of, class_of] - 1  # (P,) 0, 1, ... within its image
+        slots = int(torch.bincount(pairs[:, 0]).max()) if len(pairs) else 0  # `pairs` is on the CPU: no wait for a GPU
+        targets = probs.new_zeros(slots, *probs.shape)
+        targets[slot_of, image_of, class_of] = 1
+        grads = (torch.autograd.grad(probs, activations, targets, is_grads_batched=True)[0] if slots
+                 else activations.new_zeros(0, *activations.shape))  # (slots, B, 1+N, D)
+
+    weights = grads[:, :, 1:].mean(dim=2)[slot_of, image_of]  # (P, D)
+    cams = torch.einsum("pd,pnd->pn", weights, activations.detach()[image_of, 1:])
+    return cams.unflatten(1, tuple(grid)), probs.detach(), last_map.detach()
+
+
+def min_max(maps: torch.Tensor) -> torch.Tensor:
+    """Minus the minimum, over (1e-7 + maximum), each map by itself: (P, h, w) -> (P, h, w). A zero map stays zero."""
+    maps = maps - maps.amin(dim=(1, 2), keepdim=True)
+    return maps / (EPS + maps.amax(dim=(1, 2), keepdim=True))
+
+
+def normalize_cams(cams: torch.Tensor) -> torch.Tensor:
+    """Raw Grad-CAMs -> CAMs in [0, 1): relu, then min-max twice, as the released code does (so the peak is 1 - 1e-7)."""
+    return min_max(min_max(cams.relu()))
+
+
+def box_masks(cams: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Which patches may send activation? The bounding boxes of all connected regions above a threshold (CLIP-ES).
+
+    cams      (P, h, w) in [0, 1)
+    fraction  of the maximum: lambda, 0.4 for VOC, 0.7 for COCO
+    ->        (P, h, w) bool, the union of the boxes; all False for a map without activation
+
+    Maps are truncated to 0..255, the threshold is int(fraction * maximum), regions are 8-connected. A box is half open
+    and its open ends are clamped to w-1 and h-1, so that the last row and column never lie in one (released code).
+    """
+    height, width = cams.shape[-2:]
+    grey = (cams * 255).trunc()
+    thresholds = torch.tensor([int(fraction * peak) for peak in range(256)], device=cams.device, dtype=cams.dtype)
+    active = (grey > thresholds[grey.amax(dim=(1, 2)).long()][:, None, None]).flatten(1)  # (P, N); a table: float32 rounds
+    ys, xs = (line.flatten() for line in torch.meshgrid(  # (N,) the row and the column of each patch
+        *(torch.arange(n, device=cams.device) for n in (height, width)), indexing="ij"))
+    touching = ((ys[:, None] - ys).abs() <= 1) & ((xs[:, None] - xs).abs() <= 1)  # (N, N), a patch touches itself too
+    reached = (touching & active[:, :, None] & active[:, None, :]).to(cams.dtype)
+    for _ in range(math.ceil(math.log2(height * width / 2 + 1))):  # paths of 1, 2, 4, ... steps; N / 2 is the longest
+        reached = ((reached @ reached) > 0).to(cams.dtype)
+    same = reached > 0  # (P, N, N): in the same region
+    left, top = (line.expand_as(same).where(same, height * width).amin(dim=2) for line in (xs, ys))  # (P, N), of the box
+    right, bottom = (line.expand_as(same).where(same, -1).amax(dim=2) + 1 for line in (xs, ys))      # that a patch is in
+    right, bottom = right.clamp(max=width - 1), bottom.clamp(max=height - 1)
+    in_columns = (xs[:width] >= left[..., None]) & (xs[:width] < right[..., None])  # (P, N, w)
+    in_rows = (ys[::width] >= top[..., None]) & (ys[::width] < bottom[..., None])   # (P, N, h)
+    return torch.einsum("pnh,pnw->phw", in_rows.to(cams.dtype), in_columns.to(cams.dtype)) > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures for people
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def paint(image: np.ndarray, maps: np.ndarray, class_ids: list[int]) -> np.ndarray:
+    """CAMs over their picture: each class glows in its colour of the palette, the rest is dimmed.
+
+    image (H, W, 3) uint8, maps (K, H, W) in [0, 1], class_ids: K 0-based foreground classes -> (H, W, 3) uint8
+    """
+    colours = data.colormap()[np.array(class_ids, int) + 1].astype(np.float32)  # (K, 3)
+    strength = maps.max(axis=0, initial=0)[..., None]
+    weights = maps / maps.sum(axis=0, keepdims=True).clip(1e-6)
+    glow = np.einsum("khw,kc->hwc", weights, colours)
+    return (image * (1 - strength) * 0.6 + (0.35 * image + 0.65 * glow) * strength).clip(0, 255).astype(np.uint8)

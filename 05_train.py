@@ -1,0 +1,394 @@
+"""05 - Training: how does a segmentation grow out of image-level labels?
+
+In     a data set (01_data), the frozen encoders (02_backbone), the trained part and its losses (04_decoder)
+Out    OUTPUT/last.pt and best.pt (the trained part only), log.csv, scores.csv, preview/*.png, args.json
+Paper  WeCLIP, CVPR 2024, and WeCLIP+, TPAMI 2025: single-stage training. Each step makes its own pseudo labels from what
+       the frozen encoders see and the decoder has learned so far, and learns from them.
+
+    python 05_train.py shapes                                         # the toy world: minutes on a laptop, no downloads
+    python 05_train.py voc --data-path VOCdevkit --method weclip+     # the papers' runs
+    torchrun --standalone --nproc_per_node=4 05_train.py voc          # the same batch size in total, on four GPUs
+
+A step: images -> frozen tokens, attention -> prediction -> CAM -> refined -> pseudo label -> losses -> AdamW.
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, replace
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # our folder, wherever we are started from
+data = import_module("01_data")
+backbone = import_module("02_backbone")
+cam = import_module("03_cam")
+decoder = import_module("04_decoder")
+
+WARMUP_STEPS = 50
+SAVE_EVERY = 500  # steps, between evaluations
+PREVIEW_ROWS = 4
+RUNGS = ("CAM", "refined", "pseudo label", "segmentation")  # of the ladder, in the order in which they are made
+
+
+def learning_rate(step: int, base: float, max_iters: int) -> float:
+    """The released schedule: linear warm-up from base * 1e-6 over 50 steps, else linear decay to 0.
+
+    step  counted from 0; the rate that the optimiser uses in that step
+    """
+    if step < WARMUP_STEPS:
+        return base * (1 - (1 - step / WARMUP_STEPS) * (1 - 1e-6))
+    return base * (1 - step / max_iters)
+
+
+def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW as in the released code; its learning rate is set anew in every step."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+
+
+def train_step(cfg, encoders, model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor,
+               labels: torch.Tensor, step: int, masks: torch.Tensor | None = None,
+               amp: torch.dtype | None = None) -> dict[str, float]:
+    """One step of the method, readable from top to bottom.
+
+    images  (B, 3, H, W) normalised, on the device of the model
+    labels  (B, C-1) multi-hot image-level labels, on the CPU: all the supervision there is
+    masks   (B, H, W) long, true masks: fully supervised training instead (255 is left out)
+    ->      the losses by name, as measured before the step
+    Raises  FloatingPointError when the loss is not finite; the weights are then still those before the step
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, cfg.lr, cfg.max_iters)
+    seen = backbone.look(encoders, images, 1 if masks is not None else decoder.maps_needed(cfg), amp)
+    prediction = model(seen.tokens, seen.grid, seen.dino_map)
+    if masks is None:
+        pairs, dynamic = cam.class_pairs(labels), step >= cfg.dynamic_from
+        _, refined = decoder.label_images(cfg, encoders, images, seen, prediction, pairs, images.shape[-2:], dynamic)
+        masks = refined.labels
+    parts = decoder.losses(cfg, prediction, decoder.learned_affinity(prediction.fused), masks, step)
+    values = dict(zip(parts, torch.stack([part.detach() for part in parts.values()]).tolist()))  # one wait for the GPU
+    if not math.isfinite(values["total"]):
+        raise FloatingPointError(f"step {step}: the loss is {values['total']}")
+    optimizer.zero_grad(set_to_none=True)
+    parts["total"].backward()
+    optimizer.step()
+    return values
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation: what has each step of the ladder brought?
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(cfg, encoders, model: nn.Module, dataset, device, num_classes: int, multi_scale: bool = False,
+             amp: torch.dtype | None = None, preview: Path | None = None) -> dict[str, dict]:
+    """The ladder on a whole split: for each rung the scores of one confusion matrix over all its images.
+
+    dataset      01_data.EvalDataset with masks; the processes of a torchrun share its images, each image counts once
+    multi_scale  score the multi-scale + flip segmentation as well
+    preview      file for a picture of the first images, a row each: image, CAM, refined, pseudo label, prediction, truth
+    ->           {rung: 01_data.scores}
+    """
+    rank, world = rank_and_world()
+    was_training = model.training
+    model.eval()  # Deviation: the released training script leaves dropout on while it validates
+    rungs = RUNGS + ("multi-scale",) * multi_scale
+    matrices = {rung: torch.zeros(num_classes, num_classes, dtype=torch.long) for rung in rungs}
+    pictures = []
+    for index in range(rank, len(dataset), world):
+        item = dataset[index]
+        image = item["image"].to(device)
+        result = decoder.ladder(cfg, encoders, model, image, item["labels"], amp)
+        if multi_scale:
+            result["multi-scale"] = decoder.multi_scale_logits(cfg, encoders, model, image, amp=amp).argmax(dim=0)
+        for rung in rungs:
+            matrices[rung] += data.confusion_matrix(item["mask"], result[rung].cpu(), num_classes)
+        if rank == 0 and preview is not None and index < PREVIEW_ROWS * world:
+            pictures += preview_row(data.load_image(dataset.samples[index].image), item, result)
+    if pictures:
+        captions = ["image", *RUNGS[:3], "prediction", "truth"] * (len(pictures) // 6)
+        data.contact_sheet(pictures, captions, columns=6).save(preview)
+    model.train(was_training)
+    return {rung: data.scores(sum_over_processes(matrix, device)) for rung, matrix in matrices.items()}
+
+
+def preview_row(image: np.ndarray, item: dict, result: dict) -> list[np.ndarray]:
+    """One image through the stages, six pictures (H, W, 3) uint8: CAMs glow in the colours of their classes."""
+    ids = item["labels"].nonzero().flatten().tolist()
+    glowing = [cam.paint(image, result[key].cpu().numpy(), ids) for key in ("cams", "refined_maps")]
+    labels = [result["pseudo label"], result.get("multi-scale", result["segmentation"]), item["mask"]]
+    return [image, *glowing, *(data.overlay(image, x.cpu().numpy().astype(np.uint8)) for x in labels)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes, checkpoints, logs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def start_processes(wanted: str | None) -> torch.device:
+    """This process' device; under torchrun also the process group (nccl on CUDA, gloo elsewhere)."""
+    device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if "RANK" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(rank, number of processes); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_processes(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The sum of x over all processes, on the CPU; x itself when there is one."""
+    if not dist.is_initialized():
+        return x
+    on_device = x.to(device)  # nccl reduces what lies on the GPU
+    dist.all_reduce(on_device)
+    return on_device.cpu()
+
+
+def save_atomically(checkpoint: dict, path: Path) -> None:
+    """Write under a temporary name, flush to the disk, rename: whatever happens, `path` is whole, old or new."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+        temporary.unlink(missing_ok=True)
+        raise data.DataError(f"{path} could not be written ({error}); the file from before is intact. Free some space, "
+                              "then continue with --resume") from error
+
+
+class Log:
+    """log.csv: one row per printed step, flushed; a resumed run drops the rows that it will make again."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...], start: int):
+        kept = []
+        if start and path.is_file():
+            with open(path, newline="", encoding="utf-8") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+        self.file = open(path, "w", newline="", encoding="utf-8")
+        self.writer = csv.DictWriter(self.file, columns, extrasaction="ignore")
+        self.writer.writeheader()
+        self.writer.writerows(kept)
+
+    def write(self, **row) -> None:
+        self.writer.writerow(row)
+        self.file.flush()
+
+
+def memory() -> str:
+    """Peak memory of this process so far: of the GPU when there is one, else resident."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GB GPU"
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return "? GB"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GB"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    """The whole of a training: what it needs is checked first, then step after step; see `train_step` for the method."""
+    rank, world = rank_and_world()
+    say = print if rank == 0 else lambda *_: None
+    torch.manual_seed(args.seed)
+
+    # What is seen, and by whom
+    info, root = data.dataset_info(args.dataset, args.background), data.find_root(args.dataset, args.data_path)
+    split = args.split or next(iter(data.SPLITS[info.name]))
+    samples = data.list_samples(info, root, split)
+    toy = "shapes" if info.name == "shapes" else None
+    clip_name = args.clip or toy or "ViT-B/16"
+    dino_name = (args.dino or toy or "dinov2_vits14") if args.method == "weclip+" else None
+    encoders = backbone.load_encoders(clip_name, dino_name, info, device)
+    cfg = decoder.config_for(args.method, info.name, encoders.clip, encoders.dino)
+    chosen = {key: getattr(args, key) for key in ("lr", "max_iters", "eval_every", "crop_size", "dynamic_from")}
+    cfg = replace(cfg, **{key: value for key, value in chosen.items() if value is not None})
+    batch_size = args.batch_size or max(1, cfg.batch_size // world)
+    cfg = replace(cfg, batch_size=batch_size * world)
+
+    model = decoder.build_model(cfg, info.num_classes, encoders.clip, encoders.dino).to(device).train()
+    optimizer = make_optimizer(model, cfg.lr)
+    identity = {"method": cfg.method, "dataset": info.name, "classes": list(info.classes), "prompts": list(info.prompts),
+                "background": list(info.background), "supervised": args.supervised,
+                "clip": {"name": clip_name, "fingerprint": backbone.fingerprint(encoders.clip)},
+                "dino": dino_name and {"name": dino_name, "fingerprint": backbone.fingerprint(encoders.dino)}}
+    output = Path(args.output_dir or f"runs/{info.name}-{cfg.method}{'-supervised' * args.supervised}")
+    start, best = resume(args.resume, output, identity, model, optimizer) if args.resume else (0, -1.0)
+
+    train_set = data.TrainDataset(samples, info.num_classes, cfg.crop_size, args.seed, with_masks=args.supervised)
+    batches = data.draw_batches(start, cfg.max_iters, batch_size, rank, world)
+    loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
+                        persistent_workers=False)
+    val_samples = [sample for sample in data.list_samples(info, root, "val") if sample.mask and sample.labels]
+    val_set = data.EvalDataset(val_samples, info.num_classes) if val_samples else None
+
+    settings = {**identity, "config": asdict(cfg), "split": split, "labels": data.describe(samples), "seed": args.seed,
+                "processes": world, "amp": args.amp, "data_path": str(root), "torch": torch.__version__}
+    if rank == 0:
+        (output / "preview").mkdir(parents=True, exist_ok=True)
+        (output / "args.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
+        log = Log(output / "log.csv", ("step", "lr", "total", "seg", "aff", "mutual_clip", "mutual_dino", "dice",
+                                       "images_per_s"), start)
+        score_log = Log(output / "scores.csv", ("step", *RUNGS, "multi-scale"), start)
+    trained = sum(p.numel() for p in model.parameters())
+    say(f"{cfg.method} on {info.name}, {'true masks' if args.supervised else 'image-level labels'}; {split}: "
+        f"{data.describe(samples)}; {train_set.skipped} skipped\n"
+        f"{trained:,} trained parameters on {device} x {world}, {cfg.batch_size} images per step, "
+        f"steps {start} to {cfg.max_iters}, learning rate {cfg.lr:g} -> {output}")
+
+    network = DistributedDataParallel(model) if dist.is_initialized() else model
+    amp = {"cuda": torch.float16, "cpu": torch.bfloat16}.get(device.type) if args.amp else None
+
+    def save(name: str, step: int) -> None:
+        if rank == 0:
+            save_atomically({**identity, "config": asdict(cfg), "step": step, "best": best, "seed": args.seed,
+                             "model": model.state_dict(), "optimizer": optimizer.state_dict()}, output / name)
+
+    stop = StopRequest()
+    clock, clock_step = time.time(), start
+    for step, batch in enumerate(loader, start):
+        torch.manual_seed(hash((args.seed, step, rank)))  # dropout of a step depends on nothing but these: runs resume
+        masks = batch["mask"].to(device).long() if args.supervised else None
+        try:
+            values = train_step(cfg, encoders, network, optimizer, batch["image"].to(device, non_blocking=True),
+                                batch["labels"], step, masks, amp)
+        except FloatingPointError as error:
+            save("last.pt", step)
+            raise data.DataError(f"{error}; images of the batch: {', '.join(batch['name'])}. The weights from before this step "
+                                 f"are in {output / 'last.pt'}; a smaller --lr may help") from error
+        done = step + 1
+        if rank == 0 and (done % args.print_freq == 0 or done == cfg.max_iters):
+            speed = (done - clock_step) * cfg.batch_size / (time.time() - clock)
+            clock, clock_step = time.time(), done
+            lr = optimizer.param_groups[0]["lr"]
+            log.write(step=done, lr=f"{lr:.3e}", images_per_s=f"{speed:.1f}", **{k: f"{v:.6f}" for k, v in values.items()})
+            parts = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+            left = (cfg.max_iters - done) * cfg.batch_size / speed
+            say(f"step {done:6d}/{cfg.max_iters}  {parts}  lr {lr:.1e}  {speed:.1f} images/s  "
+                f"{left / 60:.0f} min left  {memory()}")
+        last = done == cfg.max_iters
+        if val_set and (done % cfg.eval_every == 0 or last):
+            pause = time.time()
+            result = evaluate(cfg, encoders, model, val_set, device, info.num_classes, last, amp,
+                              output / "preview" / f"step_{done:06d}.png")
+            say_scores(say, result, info, f"step {done}, {len(val_set)} images of val", per_class=last)
+            if rank == 0:
+                score_log.write(step=done, **{rung: f"{100 * result[rung]['miou']:.2f}" for rung in result})
+            if result["segmentation"]["miou"] > best:
+                best = result["segmentation"]["miou"]
+                save("best.pt", done)
+            save("last.pt", done)
+            clock += time.time() - pause
+        elif last or done % SAVE_EVERY == 0 or stop.requested:
+            save("last.pt", done)
+        if stop.requested:
+            say(f"stopped after step {done}; go on with --resume --output-dir {output}")
+            return
+    checkpoint = output / ("best.pt" if val_set else "last.pt")
+    where = "" if info.name == "shapes" and not args.data_path else f" --data-path {root}"
+    say(f"\nlook at {output / 'preview'}, then:\n    python 06_infer.py {checkpoint}{where}")
+
+
+def resume(wanted: str, output: Path, identity: dict, model: nn.Module, optimizer) -> tuple[int, float]:
+    """Continue a run: loads weights and optimiser -> (first step to make, best score so far).
+
+    Raises  data.DataError if the checkpoint is of another method, class list or backbone: both sides are named
+    """
+    path = output / "last.pt" if wanted == "last" else Path(wanted)
+    checkpoint = decoder.read_checkpoint(path)
+    for key, ours in identity.items():
+        if checkpoint.get(key) != ours:
+            raise data.DataError(f"{path}: {key} is {checkpoint.get(key)}, this run has {ours}; resume with the same "
+                                 "settings, or start a new run in another --output-dir")
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["step"], checkpoint["best"]
+
+
+def say_scores(say, result: dict, info, title: str, per_class: bool) -> None:
+    """Print the ladder, mIoU in percent; `per_class`: with a table of IoU."""
+    say(f"mIoU, {title}:  " + "   ".join(f"{rung} {100 * score['miou']:.1f}" for rung, score in result.items()))
+    if per_class:
+        say(f"{'IoU':>16}  " + "  ".join(f"{rung:>12}" for rung in result))
+        for number, name in enumerate(("background", *info.classes)):
+            say(f"{name:>16}  " + "  ".join(f"{100 * score['iou'][number]:12.1f}" for score in result.values()))
+
+
+class StopRequest:
+    """SIGTERM and the first Ctrl-C let the step end and the run save; the second Ctrl-C interrupts at once."""
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.request)
+
+    def request(self, number, frame) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("dataset", help=f"{', '.join(data.DATASETS)}, or a folder of your own")
+    p.add_argument("--method", choices=("weclip+", "weclip"), default="weclip+", help="default: %(default)s")
+    p.add_argument("--data-path", "--data_path", metavar="DIR", help="where the data lies (default: data/NAME)")
+    p.add_argument("--output-dir", "--output_dir", metavar="DIR", help="default: runs/NAME-METHOD")
+    p.add_argument("--resume", nargs="?", const="last", metavar="FILE", help="go on from FILE, or from OUTPUT/last.pt")
+    p.add_argument("--supervised", action="store_true", help="learn from true masks instead of pseudo labels")
+    p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 (shapes: its toy)")
+    p.add_argument("--dino", metavar="NAME|FILE", help="default: dinov2_vits14 (shapes: its toy); WeCLIP+ only")
+    p.add_argument("--split", help="training split (default: train_aug for voc, else train)")
+    p.add_argument("--background", nargs="+", metavar="WORD", help="background words instead of the data set's")
+    p.add_argument("-b", "--batch-size", "--batch_size", type=int, help="images per step and process (default: the paper's)")
+    p.add_argument("-j", "--workers", type=int, default=2, help="loader processes (default: %(default)s)")
+    p.add_argument("--lr", type=float, help="of the decoder (default: the table in 04_decoder.py, as the four below)")
+    p.add_argument("--max-iters", "--max_iters", type=int, help="steps")
+    p.add_argument("--eval-every", "--eval_every", type=int, help="steps between evaluations")
+    p.add_argument("--crop-size", "--crop_size", type=int, help="pixels")
+    p.add_argument("--dynamic-from", "--dynamic_from", type=int, help="step from which WeCLIP's affinity is the refined one")
+    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="encoders in half precision")
+    p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
+    p.add_argument("--print-freq", "--print_freq", type=int, default=50, help="steps between lines (default: %(default)s)")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    device = start_processes(args.device)
+    try:
+        run(args, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    data.run(main)

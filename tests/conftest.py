@@ -1,0 +1,9 @@
+"""Our folder on the path, and one thread: the tensors here are small, and threads that wait for one another on a busy
+machine make the tests ten times slower."""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+torch.set_num_threads(1)
