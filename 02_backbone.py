@@ -13,6 +13,7 @@ Letters: B images, T = 1 + N tokens (CLS first), N = h * w patches, D width, L b
 import argparse
 import hashlib
 import sys
+import time
 import urllib.error
 import warnings
 import zipfile
@@ -356,10 +357,49 @@ def look(encoders: Encoders, images: torch.Tensor, num_maps: int = 1, amp: torch
     return Seen([x.float() for x in tokens], maps.float(), dino_map, (images.shape[-2] // patch, images.shape[-1] // patch))
 
 
-def parse_args(argv=None) -> argparse.Namespace:
+# ----------------------------------------------------------------------------------------------------------------------
+# This file run alone: the towers and what comes out of them
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--clip", default="shapes", help="OpenAI's name, a file, or shapes (default: %(default)s)")
-    p.add_argument("--dino", default="shapes", help="Meta's name, a file, shapes or none (default: %(default)s)")
-    p.add_argument("--size", type=int, nargs=2, default=None, metavar=("H", "W"), help="pixels of the trial image")
+    p.add_argument("--dino", default="shapes", help="Meta's name, a file, shapes, or none (default: %(default)s)")
+    p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: what CLIP was trained on)")
     p.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
     return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    info = data.DATASETS["shapes" if args.clip == "shapes" else "voc"]
+    encoders = load_encoders(args.clip, None if args.dino == "none" else args.dino, info, args.device)
+    visual = encoders.clip.visual
+    size = args.size or [visual.input_resolution] * 2
+    images = torch.zeros(1, 3, *size, device=args.device)  # a picture of the mean colour
+    blocks = visual.transformer.resblocks
+    print(f"CLIP {args.clip}: {len(blocks)} blocks, {blocks[0].attn.num_heads} heads, width {visual.conv1.out_channels}, "
+          f"patch {visual.conv1.kernel_size[0]}; {describe_size(encoders.clip)}")
+    print(f"  text: {len(info.classes)} classes {tuple(encoders.text_fg.shape)}, "
+          f"{len(info.background)} background words {tuple(encoders.text_bg.shape)}")
+    start = time.perf_counter()
+    seen = look(encoders, images, len(blocks))
+    seconds = time.perf_counter() - start
+    print(f"  image {tuple(images.shape)} -> {len(seen.tokens)} x tokens {tuple(seen.tokens[0].shape)}, "
+          f"maps {tuple(seen.maps.shape)}, grid {seen.grid}")
+    if encoders.dino is not None:
+        print(f"DINOv2 {args.dino}: {len(encoders.dino.blocks)} blocks, width {encoders.dino.norm.weight.numel()}, "
+              f"patch {encoders.dino.patch}, {encoders.dino.registers} registers; {describe_size(encoders.dino)}")
+        print(f"  image {tuple(images.shape)} -> map {tuple(seen.dino_map.shape)}")
+    print(f"one look at one picture with all attention maps: {seconds:.3f} s on {args.device}")
+    return 0
+
+
+def describe_size(model: nn.Module) -> str:
+    count = sum(p.numel() for p in model.parameters())
+    return f"{count / 1e6:.1f} M parameters, {4 * count / 2**20:.0f} MB, fingerprint {fingerprint(model)}"
+
+
+if __name__ == "__main__":
+    data.run(main)

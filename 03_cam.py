@@ -115,7 +115,9 @@ def box_masks(cams: torch.Tensor, fraction: float) -> torch.Tensor:
         *(torch.arange(n, device=cams.device) for n in (height, width)), indexing="ij"))
     touching = ((ys[:, None] - ys).abs() <= 1) & ((xs[:, None] - xs).abs() <= 1)  # (N, N), a patch touches itself too
     reached = (touching & active[:, :, None] & active[:, None, :]).to(cams.dtype)
-    for _ in range(math.ceil(math.log2(height * width / 2 + 1))):  # paths of 1, 2, 4, ... steps; N / 2 is the longest
+    # Squaring doubles the steps: 1, 2, 4, ... Each region has a centre at most N / 2 steps from all of its patches; the
+    # centre's box is the whole one, and no other patch's box is larger.
+    for _ in range(math.ceil(math.log2(height * width / 2 + 1))):
         reached = ((reached @ reached) > 0).to(cams.dtype)
     same = reached > 0  # (P, N, N): in the same region
     left, top = (line.expand_as(same).where(same, height * width).amin(dim=2) for line in (xs, ys))  # (P, N), of the box
@@ -141,3 +143,66 @@ def paint(image: np.ndarray, maps: np.ndarray, class_ids: list[int]) -> np.ndarr
     weights = maps / maps.sum(axis=0, keepdims=True).clip(1e-6)
     glow = np.einsum("khw,kc->hwc", weights, colours)
     return (image * (1 - strength) * 0.6 + (0.35 * image + 0.65 * glow) * strength).clip(0, 255).astype(np.uint8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# This file run alone: the CAMs of any picture and any words
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def cams_of_picture(encoders, image: np.ndarray, class_ids: list[int], long_side: int) -> tuple[np.ndarray, np.ndarray]:
+    """CAMs of one picture without any training: (H, W, 3) uint8 -> CAMs (K, H, W) in [0, 1), probabilities (K,).
+
+    class_ids  K 0-based classes of the encoders' text features, taken to be in the picture
+    long_side  pixels at which the network sees it
+    """
+    pixels = data.normalize(image).to(encoders.text_fg.device)[None]
+    patch = encoders.clip.visual.conv1.kernel_size[0]
+    size = [max(int(length * long_side / max(image.shape[:2])), patch) for length in image.shape[:2]]
+    seen = backbone.look(encoders, F.interpolate(pixels, size=size, mode="bilinear", align_corners=False))
+    pairs = torch.tensor([(0, c) for c in sorted(class_ids)])
+    raw, probs, _ = grad_cam(encoders.clip, seen.tokens[-1], encoders.text_fg, encoders.text_bg, pairs, seen.grid)
+    cams = F.interpolate(normalize_cams(raw)[None], size=image.shape[:2], mode="bilinear", align_corners=False)[0]
+    return cams.cpu().numpy(), probs[0, pairs[:, 1].to(probs.device)].cpu().numpy()
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("images", nargs="*", help="pictures (default: one of `shapes`)")
+    p.add_argument("--classes", nargs="+", metavar="NAME", help="what they show (default: all classes of `shapes`)")
+    p.add_argument("--background", nargs="+", metavar="WORD", help="background words (default: VOC's; with the toy, its own)")
+    p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 for your pictures, the toy for `shapes`")
+    p.add_argument("--long-side", "--long_side", type=int, help="pixels the network sees (default: 512; with the toy 128)")
+    p.add_argument("--out", default=".", metavar="DIR", help="where NAME_cam.png goes (default: here)")
+    p.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.images and not args.classes:
+        raise data.DataError("which words shall light up? Name what the pictures show: --classes cat sofa")
+    clip_name = args.clip or ("ViT-B/16" if args.images else "shapes")
+    world = data.DATASETS["shapes" if clip_name == "shapes" else "voc"]
+    names = tuple(args.classes or world.classes)
+    info = data.DatasetInfo("words", names, tuple(data.REWRITTEN.get(name, name) for name in names),
+                            tuple(args.background or (word for word in world.background if word not in names)))
+    encoders = backbone.load_encoders(clip_name, None, info, args.device)
+    shown = [(path, list(range(len(names)))) for path in args.images]
+    if not shown:
+        sample = data.list_samples(world, data.find_root("shapes"), "val")[0]
+        shown = [(sample.image, [names.index(world.classes[c]) for c in sample.labels if world.classes[c] in names])]
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for path, ids in shown:
+        image = data.load_image(path, as_displayed=True)
+        cams, probs = cams_of_picture(encoders, image, ids, args.long_side or (128 if clip_name == "shapes" else 512))
+        pictures = [image, *(paint(image, one[None], [c]) for one, c in zip(cams, ids))]
+        captions = [Path(path).name, *(f"{names[c]} {100 * prob:.0f} %" for c, prob in zip(ids, probs))]
+        target = Path(args.out) / f"{Path(path).stem}_cam.png"
+        data.contact_sheet(pictures, captions, columns=len(pictures)).save(target)
+        print(f"{target}: " + ", ".join(captions[1:]))
+    return 0
+
+
+if __name__ == "__main__":
+    data.run(main)

@@ -19,7 +19,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-import clip.model
 import torch
 import torch.distributed.nn.functional
 import torch.nn.functional as F
@@ -140,7 +139,7 @@ class Decoder(nn.Module):
 
     def __init__(self, num_classes: int, depth: int = 3, width: int = 256, heads: int = 8):
         super().__init__()
-        self.transformer = clip.model.Transformer(width, depth, heads)  # OpenAI's block: QuickGELU, MLP x 4
+        self.transformer = backbone.clip.model.Transformer(width, depth, heads)  # OpenAI's block: QuickGELU, MLP x 4
         self.linear_pred = nn.Conv2d(width, num_classes, kernel_size=1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -240,7 +239,7 @@ def dynamic_affinity(maps: torch.Tensor, count: int, learned: torch.Tensor) -> t
     """
     patches = maps[:, -count:, 1:, 1:]
     mass = patches.sum(dim=(2, 3))  # (B, count)
-    keep = (mass >= mass.mean(dim=1, keepdim=True)).to(maps.dtype)
+    keep = (mass >= mass.mean(dim=1, keepdim=True) * (1 - 1e-6)).to(maps.dtype)  # rounding must not drop equal maps
     return torch.einsum("bm,bmij->bij", keep / (keep.sum(dim=1, keepdim=True) + 1e-5), patches) * learned
 
 
@@ -550,14 +549,14 @@ def multi_scale_logits(cfg: Config, encoders, model: WeCLIP, image: torch.Tensor
     """
     scales = scales or cfg.scales
     base = resize_long_side(image, cfg, encoders, min(scales))
-    sums = 0
+    sums, grid = 0, None
     for scale in scales:
         # Resized by the factor, not to a size: the sampling positions use the factor itself, as in the released code.
         x = base if scale == 1 else F.interpolate(base, scale_factor=scale, mode="bilinear", align_corners=False)
         x = torch.cat([x, x.flip(-1)]) if flip else x
         seen = backbone.look(encoders, x, amp=amp)
         logits = model(seen.tokens, seen.grid, seen.dino_map).logits
-        grid = logits.shape[-2:] if scale == scales[0] else grid
+        grid = grid or logits.shape[-2:]  # of the first scale
         logits = F.interpolate(logits, size=grid, mode="bilinear", align_corners=False)
         sums = sums + ((logits[0] + logits[1].flip(-1)) / 2 if flip else logits[0])
     return F.interpolate(sums[None] / len(scales), size=image.shape[-2:], mode="bilinear", align_corners=False)[0]
@@ -603,3 +602,54 @@ def restore(checkpoint: dict, path: str | Path, clip_name: str | None, dino_name
     model = build_model(cfg, info.num_classes, encoders.clip, encoders.dino).to(device)
     model.load_state_dict(checkpoint["model"])
     return info, cfg, encoders, model.eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# This file run alone: one picture through every stage
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--method", choices=("weclip+", "weclip"), default="weclip+", help="default: %(default)s")
+    p.add_argument("--index", type=int, default=0, help="which picture of the validation split (default: %(default)s)")
+    p.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    info = data.DATASETS["shapes"]
+    dataset = data.EvalDataset(data.list_samples(info, data.find_root("shapes"), "val"), info.num_classes)
+    item = dataset[args.index]
+    encoders = backbone.load_encoders("shapes", "shapes" if args.method == "weclip+" else None, info, args.device)
+    cfg = config_for(args.method, "shapes", encoders.clip, encoders.dino)
+    torch.manual_seed(0)
+    model = build_model(cfg, info.num_classes, encoders.clip, encoders.dino).to(args.device).eval()
+    images, pairs = item["image"][None].to(args.device), cam.class_pairs(item["labels"][None])
+    seen = backbone.look(encoders, images, maps_needed(cfg))
+    prediction = model(seen.tokens, seen.grid, seen.dino_map)
+    cams, refined = label_images(cfg, encoders, images, seen, prediction, pairs, images.shape[-2:], dynamic=False)
+    parts = losses(cfg, prediction, learned_affinity(prediction.fused), refined.labels, step=0)
+
+    print(f"{args.method}, picture {item['name']}: {', '.join(info.classes[c] for _, c in pairs.tolist())}")
+    rows = {"image": images, "tokens of a block": seen.tokens[0], "attention maps": seen.maps, "CAM": cams,
+            "fused features": prediction.fused, "learned affinity": learned_affinity(prediction.fused),
+            "logits": prediction.logits, "transition matrix": refined.transition, "refined CAM": refined.spread,
+            "PAR scores": refined.scores, "pseudo label": refined.labels}
+    for name, tensor in rows.items():
+        print(f"  {name:20} {tuple(tensor.shape)}")
+    for name, module in model.named_children():
+        print(f"  {name:24} {sum(p.numel() for p in module.parameters()):>9,} parameters")
+    print("  losses of the untrained decoder: " + ", ".join(f"{name} {float(loss):.3f}" for name, loss in parts.items()))
+    upsampled = F.interpolate(cams[None], size=images.shape[-2:], mode="bilinear", align_corners=False)[0]
+    for name, label in (("CAM", best_label(*stack_scores(upsampled, pairs, 1))),
+                        ("refined (static affinity)", best_label(*stack_scores(refined.maps, pairs, 1))),
+                        ("pseudo label (PAR)", refined.labels)):
+        score = data.scores(data.confusion_matrix(item["mask"], label[0].cpu(), info.num_classes))
+        print(f"  mIoU of this picture, {name:26} {100 * score['miou']:5.1f}")
+    return 0
+
+
+if __name__ == "__main__":
+    data.run(main)

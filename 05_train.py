@@ -212,8 +212,11 @@ def memory() -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace, device: torch.device) -> None:
-    """The whole of a training: what it needs is checked first, then step after step; see `train_step` for the method."""
+def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> None:
+    """The whole of a training: what it needs is checked first, then step after step; see `train_step` for the method.
+
+    stop  asked after each step: `stop.requested` makes the run save and return
+    """
     rank, world = rank_and_world()
     say = print if rank == 0 else lambda *_: None
     torch.manual_seed(args.seed)
@@ -227,7 +230,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     dino_name = (args.dino or toy or "dinov2_vits14") if args.method == "weclip+" else None
     encoders = backbone.load_encoders(clip_name, dino_name, info, device)
     cfg = decoder.config_for(args.method, info.name, encoders.clip, encoders.dino)
-    chosen = {key: getattr(args, key) for key in ("lr", "max_iters", "eval_every", "crop_size", "dynamic_from")}
+    chosen = {key: getattr(args, key) for key in ("lr", "max_iters", "eval_every", "crop_size", "long_side", "dynamic_from")}
     cfg = replace(cfg, **{key: value for key, value in chosen.items() if value is not None})
     batch_size = args.batch_size or max(1, cfg.batch_size // world)
     cfg = replace(cfg, batch_size=batch_size * world)
@@ -270,7 +273,6 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             save_atomically({**identity, "config": asdict(cfg), "step": step, "best": best, "seed": args.seed,
                              "model": model.state_dict(), "optimizer": optimizer.state_dict()}, output / name)
 
-    stop = StopRequest()
     clock, clock_step = time.time(), start
     for step, batch in enumerate(loader, start):
         torch.manual_seed(hash((args.seed, step, rank)))  # dropout of a step depends on nothing but these: runs resume
@@ -307,7 +309,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             clock += time.time() - pause
         elif last or done % SAVE_EVERY == 0 or stop.requested:
             save("last.pt", done)
-        if stop.requested:
+        if stop.requested and not last:
             say(f"stopped after step {done}; go on with --resume --output-dir {output}")
             return
     checkpoint = output / ("best.pt" if val_set else "last.pt")
@@ -367,10 +369,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--background", nargs="+", metavar="WORD", help="background words instead of the data set's")
     p.add_argument("-b", "--batch-size", "--batch_size", type=int, help="images per step and process (default: the paper's)")
     p.add_argument("-j", "--workers", type=int, default=2, help="loader processes (default: %(default)s)")
-    p.add_argument("--lr", type=float, help="of the decoder (default: the table in 04_decoder.py, as the four below)")
+    p.add_argument("--lr", type=float, help="of the decoder (default: the table in 04_decoder.py, as the five below)")
     p.add_argument("--max-iters", "--max_iters", type=int, help="steps")
     p.add_argument("--eval-every", "--eval_every", type=int, help="steps between evaluations")
-    p.add_argument("--crop-size", "--crop_size", type=int, help="pixels")
+    p.add_argument("--crop-size", "--crop_size", type=int, help="pixels, of the training crops")
+    p.add_argument("--long-side", "--long_side", type=int, help="pixels, of the pictures that are evaluated")
     p.add_argument("--dynamic-from", "--dynamic_from", type=int, help="step from which WeCLIP's affinity is the refined one")
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="encoders in half precision")
@@ -383,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = start_processes(args.device)
     try:
-        run(args, device)
+        run(args, device, StopRequest())
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,11 +1,13 @@
 """Where do the reference numbers come from, and with which weights were they made?
 
-The authors' published code was run once, on the CPU in fp32, and its tensors were kept: the "golden" files. Their weights
-are not stored, they follow from a recipe: each tensor is standard normal noise, seeded by the tensor's own name, times
-a factor that keeps a random network lively. This file is the recipe and the reader of those files; it imports nothing of the project.
+The authors' published code was run once, on the CPU in fp32, and its tensors were kept: the "golden" files. Their
+weights are not stored, they follow from a recipe: each tensor is standard normal noise, seeded by the tensor's own
+name, times a factor that keeps a random network lively. This file is the recipe and the reader of those files, and of
+the small part of them that comes with the project; it imports nothing of the project.
 
-    arrays, info = golden.load_case("p1_tiny_160")             skips the test when the golden folder is not there
-    clip.model.build_model(golden.clip_state_dict(golden.clip_layout("tiny"), seed=1))
+    arrays, info = golden.load_case("p1_tiny_160")         # skips the test when the golden folder is not there
+    clip.model.build_model(golden.clip_state_dict(golden.CLIP_LAYOUTS["tiny"], seed=1))
+    python tests/golden.py                                 # writes figures.json and its images from the golden folder
 """
 import json
 import math
@@ -17,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-FOLDER = Path(os.environ.get("GOLDEN_FOLDER", Path(__file__).resolve().parents[2] / "shared" / "golden"))
+FOLDER = Path(os.environ.get("SHARED_FOLDER", Path(__file__).resolve().parents[2] / "shared")) / "golden"
 
 CLIP_LAYOUTS = {  # vision width, layers, patch, resolution; text width, layers; common embedding, context, vocabulary
     "tiny": dict(width=128, layers=12, patch=16, resolution=224, text_width=64, text_layers=2, embed=64),
@@ -40,8 +43,8 @@ def load_case(name: str) -> tuple[dict, dict]:
     """
     path = FOLDER / f"{name}.npz"
     if not path.exists():
-        pytest.skip(f"{path} is not there; set GOLDEN_FOLDER to the folder of golden files to compare with them "
-                    "(tests/figures.json holds a small part of them and is always compared)")
+        pytest.skip(f"{path} is not there; SHARED_FOLDER=... names the folder around `golden` "
+                    "(tests/figures.json holds a small part of these numbers and is always compared)")
     with np.load(path, allow_pickle=False) as file:
         arrays = {key: file[key] for key in file.files}
     return arrays, json.loads(path.with_suffix(".json").read_text())
@@ -59,7 +62,7 @@ def noise(group: str, name: str, shape, seed: int) -> np.ndarray:
 
 
 def check_vector(name: str, shape) -> np.ndarray:
-    """A fixed direction per parameter: a gradient or a change of weights is compared by its length and this dot product."""
+    """A fixed direction per parameter: of a gradient or a change, its length and its dot product with this are kept."""
     return noise("check", name, shape, 0)
 
 
@@ -78,7 +81,7 @@ def affine(name: str, n: np.ndarray) -> np.ndarray:
 
 
 def sharpen(weight: np.ndarray, factor: float) -> np.ndarray:
-    """Queries and keys (the first two thirds of the rows) times `factor`: attention of random weights is flat otherwise."""
+    """Queries and keys (the first two thirds of the rows) times `factor`: random attention is flat otherwise."""
     weight[: 2 * len(weight) // 3] *= factor
     return weight
 
@@ -107,10 +110,10 @@ def block_shapes(prefix: str, width: int) -> dict:
 def clip_shapes(layout: dict) -> dict:
     """Names and shapes of OpenAI's CLIP state dict, without the three plain integers that sit beside the weights."""
     width, text = layout["width"], layout["text_width"]
-    grid = layout["resolution"] // layout["patch"]
+    patch, grid = layout["patch"], layout["resolution"] // layout["patch"]
     shapes = {"positional_embedding": (77, text), "text_projection": (text, layout["embed"]), "logit_scale": (),
               "visual.class_embedding": (width,), "visual.positional_embedding": (grid * grid + 1, width),
-              "visual.proj": (width, layout["embed"]), "visual.conv1.weight": (width, 3, layout["patch"], layout["patch"]),
+              "visual.proj": (width, layout["embed"]), "visual.conv1.weight": (width, 3, patch, patch),
               "visual.ln_pre.weight": (width,), "visual.ln_pre.bias": (width,)}
     for i in range(layout["layers"]):
         shapes |= block_shapes(f"visual.transformer.resblocks.{i}", width)
@@ -141,7 +144,7 @@ def clip_tensor(name: str, n: np.ndarray) -> np.ndarray:
 
 
 def clip_state_dict(layout: dict, seed: int) -> dict:
-    """A CLIP with random weights under OpenAI's names, float32 holding fp16 values, ready for `clip.model.build_model`."""
+    """A CLIP with random weights under OpenAI's names, float32 holding fp16 values, for `clip.model.build_model`."""
     return {name: torch.from_numpy(np.asarray(clip_tensor(name, noise("clip", name, shape, seed)), np.float16)
                                    .astype(np.float32)) for name, shape in clip_shapes(layout).items()}
 
@@ -153,7 +156,8 @@ def dino_shapes(width: int, layers: int, registers: int = 0) -> dict:
     shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 37 * 37 + 1, width)}
     if registers:
         shapes["register_tokens"] = (1, registers, width)
-    shapes |= {"mask_token": (1, width), "patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,)}
+    shapes |= {"mask_token": (1, width),
+               "patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,)}
     for i in range(layers):
         b = f"blocks.{i}"
         shapes |= {f"{b}.norm1.weight": (width,), f"{b}.norm1.bias": (width,),
@@ -183,7 +187,8 @@ def dino_state_dict(layout: dict, seed: int, registers: int = 0) -> dict:
 
 # ------------------------------------------------------------------------------------------- trained part
 
-def head_shapes(clip_width: int, num_classes: int, clip_layers: int, dino_width: int | None = None, depth: int = 3) -> dict:
+def head_shapes(clip_width: int, num_classes: int, clip_layers: int, dino_width: int | None = None,
+                depth: int = 3) -> dict:
     """Names and shapes of everything that is trained: one fuse head per encoder, one decoder."""
     def fuse(prefix, width, layers):
         shapes = {}
@@ -191,7 +196,8 @@ def head_shapes(clip_width: int, num_classes: int, clip_layers: int, dino_width:
             p = f"{prefix}.linears_modulelist.{i}"
             shapes |= {f"{p}.proj.weight": (256, width), f"{p}.proj.bias": (256,),
                        f"{p}.proj_2.weight": (256, 256), f"{p}.proj_2.bias": (256,)}
-        return shapes | {f"{prefix}.linear_fuse.weight": (256, 256 * layers, 1, 1), f"{prefix}.linear_fuse.bias": (256,)}
+        return shapes | {f"{prefix}.linear_fuse.weight": (256, 256 * layers, 1, 1),
+                         f"{prefix}.linear_fuse.bias": (256,)}
 
     shapes = fuse("decoder_fts_fuse", clip_width, clip_layers)
     if dino_width:
@@ -221,11 +227,13 @@ def head_state_dict(seed: int, clip_width: int, num_classes: int, clip_layers: i
     clip_layers        fused CLIP blocks: 11 for WeCLIP, 1 for WeCLIP+
     dino_width         width of DINOv2, None for WeCLIP
     depth              decoder blocks
-    pred_gain          scale of the classifier's weights;  pred_bias_offsets {channel: offset} so that several classes win somewhere
+    pred_gain          scale of the classifier's weights
+    pred_bias_offsets  {channel: offset}, so that several classes win somewhere
     """
-    shapes = head_shapes(clip_width, num_classes, clip_layers, dino_width, depth)
-    return {name: torch.from_numpy(head_tensor(name, noise("head", name, shape, seed), pred_gain, pred_bias_offsets or {})
-                                   .astype(np.float32)) for name, shape in shapes.items()}
+    shapes, offsets = head_shapes(clip_width, num_classes, clip_layers, dino_width, depth), pred_bias_offsets or {}
+    values = {name: head_tensor(name, noise("head", name, shape, seed), pred_gain, offsets)
+              for name, shape in shapes.items()}
+    return {name: torch.from_numpy(value.astype(np.float32)) for name, value in values.items()}
 
 
 # ------------------------------------------------------------------------------------- weights of one golden case
@@ -240,7 +248,59 @@ def case_dino(info: dict) -> dict:
 
 
 def case_head(info: dict, num_classes: int) -> dict:
-    heads, plus = info["heads"], "dino" in info
-    return head_state_dict(heads["seed"], info["clip"]["vwidth"], num_classes, 1 if plus else info["clip"]["vlayers"] - 1,
-                           info["dino"]["width"] if plus else None, heads["layers"], heads["pred_gain"],
-                           heads["pred_bias_offsets"])
+    heads, clip, dino = info["heads"], info["clip"], info.get("dino")
+    return head_state_dict(heads["seed"], clip["vwidth"], num_classes, clip_layers=1 if dino else clip["vlayers"] - 1,
+                           dino_width=dino["width"] if dino else None, depth=heads["layers"],
+                           pred_gain=heads["pred_gain"], pred_bias_offsets=heads["pred_bias_offsets"])
+
+
+# ------------------------------------------------------------------------- the small part that comes with the project
+
+FIGURES = Path(__file__).with_name("figures.json")
+FIGURE_CASES = ("p4_tiny_coco", "p4_tinyplus_coco")  # both methods, on the same two images
+FIGURE_IMAGES = [Path(__file__).with_name(f"figures_image{i}.png") for i in range(2)]
+ENTRIES = 12  # of each array
+
+
+def comparable(arrays: dict) -> list[str]:
+    """Keys of a golden file that say something about our code: not the inputs, not the half-precision runs."""
+    return [k for k in arrays if k != "images_u8" and not k.startswith("half_") and not k.endswith("__index")]
+
+
+def figure_input(name: str) -> tuple[dict, np.ndarray]:
+    """The json part (seeds, labels, settings) and the images (2, H, W, 3) uint8 of a case of figures.json."""
+    return json.loads(FIGURES.read_text())[name]["info"], np.stack([np.asarray(Image.open(p)) for p in FIGURE_IMAGES])
+
+
+def digest(array: np.ndarray, seed: int) -> dict:
+    """Shape, norm and some entries of an array; numbers rounded to 9 digits. Labels and names have no norm."""
+    places = np.sort(np.random.RandomState(seed).permutation(array.size)[:ENTRIES])
+    entries = array.ravel()[places].tolist()
+    if array.dtype.kind != "f":
+        return {"shape": array.shape, "at": places.tolist(), "entries": entries}
+    return {"shape": array.shape, "l2": float(f"{np.linalg.norm(array):.9g}"), "at": places.tolist(),
+            "entries": [float(f"{x:.9g}") for x in entries]}
+
+
+def write_figures() -> None:
+    """Copy a few entries of every array of FIGURE_CASES, and their images, from the golden folder into tests/."""
+    figures = {}
+    for name in FIGURE_CASES:
+        arrays, info = load_case(name)
+        described = info.pop("arrays")
+        info["arrays"] = {k: {"what": v["what"]} for k, v in described.items() if k.endswith("__pick")}
+        kept = [k for k in comparable(arrays) if not re.match(r"boxes_|.*_names", k)]
+        figures[name] = {"info": info, "arrays": {k: digest(arrays[k], seed) for seed, k in enumerate(kept)}}
+        for key, value in figures[name]["arrays"].items():
+            if key.endswith("__values"):  # entries of the whole array instead of entries of entries
+                value["at"] = arrays[key.replace("__values", "__index")][value["at"]].tolist()
+    voc, info = load_case("p1_tiny_160")  # no images needed: what CLIP makes of the prompts of VOC
+    figures["voc"] = {"info": {"clip": info["clip"]}, "arrays": {k: digest(voc[k], seed) for seed, k in enumerate(
+        ("text_fg", "text_bg", "tokens_fg", "tokens_bg"))}}
+    for path, image in zip(FIGURE_IMAGES, arrays["images_u8"], strict=True):
+        Image.fromarray(image).save(path, optimize=True)
+    FIGURES.write_text(json.dumps(figures, separators=(",", ":")).replace('},"', '},\n"') + "\n")
+
+
+if __name__ == "__main__":
+    write_figures()

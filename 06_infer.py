@@ -1,0 +1,398 @@
+"""06 - Inference: what does it see now?
+
+In     a checkpoint of 05_train and the frozen backbones it was trained on; pictures, or a split of its data set
+Out    palette PNGs at the size of the input, overlays with a legend; for a split the IoU of each class and scores.json,
+       pseudo labels (--cams), an archive for the VOC server (--submit). Segmenting needs no image-level label.
+Paper  WeCLIP (CVPR 2024) and WeCLIP+ (TPAMI 2025), inference: several scales and their mirrors, averaged (that is
+       04_decoder.multi_scale_logits), dense CRF (Kraehenbuehl and Koltun 2011), mIoU from one confusion matrix.
+
+    python 06_infer.py runs/shapes-weclip+/best.pt                       # score val: single scale, multi-scale + flip
+    python 06_infer.py best.pt cat.jpg holiday/                          # pictures -> predictions/ beside them
+    python 06_infer.py best.pt --split train_aug --cams                  # CAMs and pseudo labels of a split, scored
+    python 06_infer.py best.pt --split test --crf --submit results.tgz   # for the VOC server
+"""
+import argparse
+import json
+import os
+import signal
+import sys
+import tarfile
+from collections import deque
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # our folder, wherever we are started from
+data = import_module("01_data")
+decoder = import_module("04_decoder")
+
+CAM_RUNGS = ("CAM", "refined", "pseudo label")  # of 04_decoder.ladder: those that need image-level labels
+SINGLE = "single scale"                         # the first scale without its mirror, as in the released scores
+CRF_FLOOR = 0.01                                # a class nowhere more probable than this takes no part in the CRF
+OVERLAY_SIDE = 1024                             # pixels: overlays are to be looked at, a photo's are made smaller
+PRINT_EVERY = 50                                # images, where there is no terminal for a bar
+VOC_FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dense CRF: the borders of the prediction follow the edges of the image
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def crf_package() -> tuple:
+    """pydensecrf's two modules. Raises data.DataError, which says how to get it, where it is not installed."""
+    try:
+        return import_module("pydensecrf.densecrf"), import_module("pydensecrf.utils")
+    except ImportError as error:
+        raise data.DataError("--crf needs the package pydensecrf2: `pip install pydensecrf2`, with a C++ compiler and "
+                             f"Python <= 3.12; or leave --crf away ({error})") from error
+
+
+def crf(image: np.ndarray, probs: np.ndarray, iterations: int = 10) -> np.ndarray:
+    """Which class is each pixel, if near pixels and pixels of like colour prefer the same one? The papers' parameters.
+
+    image  (H, W, 3) uint8 RGB
+    probs  (K, H, W) float32 of a softmax; the unary energy is -log of them (of at least 1e-5)
+    ->     (K, H, W) float32 marginals, summing to 1 at each pixel
+    """
+    dense_crf, utils = crf_package()
+    classes, height, width = probs.shape
+    field = dense_crf.DenseCRF2D(width, height, classes)
+    field.setUnaryEnergy(np.ascontiguousarray(utils.unary_from_softmax(probs)))
+    field.addPairwiseGaussian(sxy=3, compat=3)                                                       # pixels
+    field.addPairwiseBilateral(sxy=64, srgb=5, rgbim=np.ascontiguousarray(image), compat=4)          # pixels, 0..255
+    return np.array(field.inference(iterations), dtype=np.float32).reshape(classes, height, width)
+
+
+def likely_classes(logits: torch.Tensor, floor: float = CRF_FLOOR) -> tuple[np.ndarray, np.ndarray]:
+    """Which classes are worth the CRF's time? It costs as much for a class that is nowhere as for one that is.
+
+    logits  (C, H, W)
+    ->      ids (K,) uint8 of the classes that are more probable than `floor` somewhere, or the best one somewhere;
+            their probabilities (K, H, W) float32, not renormalised: the CRF asks for their ratios only
+    """
+    probs = logits.softmax(dim=0)
+    keep = probs.amax(dim=(1, 2)) > floor
+    keep[logits.argmax(dim=0).unique()] = True
+    return keep.nonzero().flatten().to(torch.uint8).cpu().numpy(), probs[keep].cpu().numpy()
+
+
+def crf_labels(image: np.ndarray, ids: np.ndarray, probs: np.ndarray) -> np.ndarray:
+    """The CRF as a job for a worker process: what `likely_classes` gives -> (H, W) uint8 labels."""
+    return ids[crf(image, probs).argmax(axis=0)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What there is to segment
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def own_pictures(paths: list[str], output: str | None) -> list:
+    """Files, and the pictures that lie in folders -> samples; a sample's name is its result's path, without suffix.
+
+    Results go to `output`, else to predictions/ beside the picture. None replaces a picture or another result: where
+    cat.png is taken, cat_2.png is not.
+    """
+    files = []
+    for path in map(Path, paths):
+        files += sorted(file for file in path.iterdir() if file.suffix.lower() in data.PICTURE_SUFFIXES
+                        and not file.name.startswith(".")) if path.is_dir() else [path]
+    if not files:
+        raise data.DataError(f"{', '.join(paths)}: no pictures in there; wanted files ending in "
+                             + ", ".join(sorted(data.PICTURE_SUFFIXES)))
+    samples, taken = [], {file.absolute() for file in files}
+    for file in files:
+        folder, number = Path(output) if output else file.parent / "predictions", 1
+        stem = folder / file.stem
+        while taken & {result.absolute() for result in result_files(stem)}:
+            number += 1
+            stem = folder / f"{file.stem}_{number}"
+        taken |= {result.absolute() for result in result_files(stem)}
+        samples.append(data.Sample(str(stem), str(file), None, (), "none"))
+    return samples
+
+
+def result_files(stem: Path) -> tuple[Path, Path]:
+    """Where the prediction and the overlay of one's own picture are written."""
+    return stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}_overlay.png")
+
+
+def split_samples(info, split: str, data_path: str | None) -> list:
+    """The samples of a split of the data set that the checkpoint was trained on.
+
+    Raises  data.DataError  if the data is not there or of other classes, or nothing is in the split
+    """
+    if info.name == "folder" and data_path is None:
+        raise data.DataError("trained on a folder of one's own; say where it is (--data-path FOLDER), or give pictures")
+    there = data.dataset_info(data_path if info.name == "folder" else info.name)
+    if there.classes != info.classes:
+        raise data.DataError(f"trained on the classes {', '.join(info.classes)}, but {data_path or info.name} has "
+                             f"{', '.join(there.classes)}; take the data of the training, or train on this")
+    samples = data.list_samples(info, data_path, split)
+    if not samples:
+        raise data.DataError(f"{data_path or info.name}: no pictures in {split}; choose another --split")
+    return samples
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Segmenting
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Segmented(NamedTuple):
+    """What was found in one picture."""
+
+    image: np.ndarray           # (H, W, 3) uint8
+    truth: torch.Tensor | None  # (H, W) uint8, when scoring
+    labels: dict                # rung -> (H, W) uint8 tensor; the last rung is the prediction
+    after_crf: Future | None    # with --crf: one more rung, being made in a worker process
+
+
+def rung_name(scales: tuple[float, ...], flip: bool) -> str:
+    """What a prediction is called in the table of scores."""
+    name = "multi-scale" if len(scales) > 1 else SINGLE if scales == (1,) else f"scale {scales[0]:g}"
+    return f"{name} + flip" if flip else name
+
+
+def segment(run: tuple, sample, args: argparse.Namespace, scored: bool, pool: ProcessPoolExecutor | None) -> Segmented:
+    """One picture through everything that the command line asks for.
+
+    run     (info, cfg, encoders, model) of 04_decoder.restore
+    scored  read the mask too, and make what the prediction is compared with: one scale, no mirror
+    pool    for the CRF, which does not wait here: see `segment_all`
+    Raises  data.DataError  if a file cannot be used
+    """
+    info, cfg, encoders, model = run
+    image = data.load_image(sample.image, as_displayed=bool(args.images))  # masks of a split fit the stored pixels
+    truth = data.load_mask(sample.mask, info.num_classes, image.shape[:2]) if scored else None
+    item = data.as_item(sample, image, truth, info.num_classes)
+    pixels, labels = item["image"].to(args.device), {}
+    if args.cams:
+        rungs = decoder.ladder(cfg, encoders, model, pixels, item["labels"], args.amp)
+        labels = {rung: rungs[rung] for rung in CAM_RUNGS} | {SINGLE: rungs["segmentation"]}
+    elif scored:
+        labels[SINGLE] = decoder.multi_scale_logits(cfg, encoders, model, pixels, (1,), False, args.amp).argmax(dim=0)
+    logits = decoder.multi_scale_logits(cfg, encoders, model, pixels, args.scales, args.flip, args.amp)
+    labels[rung_name(args.scales, args.flip)] = logits.argmax(dim=0)
+    after_crf = pool.submit(crf_labels, image, *likely_classes(logits)) if pool else None
+    return Segmented(image, item.get("mask"), {rung: x.to(torch.uint8).cpu() for rung, x in labels.items()}, after_crf)
+
+
+def segment_all(run: tuple, samples: list, args: argparse.Namespace, scored: bool):
+    """Sample by sample, in order: (sample, Segmented), or (sample, data.DataError) for a file that cannot be used.
+
+    With --crf, results come some pictures late: while the workers are at these, the network goes on.
+    """
+    pool = ProcessPoolExecutor(args.workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
+                               ) if args.crf else None  # Ctrl-C is for us, not for the workers
+    lag, waiting = 2 * args.workers if pool else 0, deque()
+    bar = tqdm(samples, desc="segmenting", disable=None)
+    try:
+        for number, sample in enumerate(bar, 1):
+            try:
+                waiting.append((sample, segment(run, sample, args, scored, pool)))
+            except data.DataError as error:
+                waiting.append((sample, error))
+            if bar.disable and not args.images and (number % PRINT_EVERY == 0 or number == len(samples)):
+                print(f"{number}/{len(samples)} images", flush=True)
+            while len(waiting) > lag or (waiting and number == len(samples)):
+                sample, found = waiting.popleft()
+                if isinstance(found, Segmented) and found.after_crf:
+                    rung = f"{rung_name(args.scales, args.flip)} + CRF"
+                    found.labels[rung] = torch.from_numpy(found.after_crf.result())
+                yield sample, found
+    except BrokenProcessPool as error:
+        raise data.DataError(f"a CRF process died ({error}); if memory ran out, take fewer with -j") from error
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+
+
+def complain(error: Exception | str) -> None:
+    tqdm.write(f"error: {error}", file=sys.stderr)
+
+
+def segment_pictures(run: tuple, args: argparse.Namespace) -> int:
+    """Palette PNG, overlay and a line of text for each picture of one's own. -> how many files could not be used."""
+    info, failed = run[0], 0
+    for sample, found in segment_all(run, own_pictures(args.images, args.output_dir), args, scored=False):
+        if isinstance(found, data.DataError):
+            complain(found)
+            failed += 1
+            continue
+        prediction, overlay = result_files(Path(sample.name))
+        prediction.parent.mkdir(parents=True, exist_ok=True)
+        mask = list(found.labels.values())[-1].numpy()
+        data.save_mask(prediction, mask)
+        factor = min(1, OVERLAY_SIDE / max(mask.shape))
+        small = data.rescale(found.image, factor), data.rescale(mask, factor, Image.Resampling.NEAREST)
+        Image.fromarray(data.overlay(*small, info.classes)).save(overlay)
+        shares = np.bincount(mask.ravel(), minlength=info.num_classes)[1:] / mask.size
+        seen = [f"{info.classes[c]} {shares[c]:.1%}" for c in np.argsort(-shares) if shares[c]]
+        tqdm.write(f"{sample.image} -> {prediction}: {', '.join(seen) or 'background only'}")
+    return failed
+
+
+def segment_split(run: tuple, args: argparse.Namespace, step: int) -> int:
+    """Predictions of a split; with masks its scores, with --submit the archive. -> how many files could not be used.
+
+    Of an image nothing is kept but its PNGs and what it adds to one confusion matrix per rung.
+    """
+    info, cfg = run[:2]
+    samples = split_samples(info, args.split, args.data_path)
+    if args.cams and not any(sample.labels for sample in samples):
+        raise data.DataError(f"{args.split} has no image-level labels, which --cams needs; take another --split")
+    scored = any(sample.mask for sample in samples)
+    if scored:
+        data.need_masks(samples)
+    output = Path(args.output_dir or Path(args.checkpoint).parent / args.split)
+    folders = {rung: output / rung.replace(" ", "_") for rung in CAM_RUNGS if args.cams}
+    for folder in (output / "predictions", *folders.values()):
+        folder.mkdir(parents=True, exist_ok=True)
+    summary = data.describe(samples)
+    print(f"{args.split} of {info.name}: {summary}{'' if scored else ': nothing to score'} -> {output}", flush=True)
+
+    matrices, done, failed = {}, [], []
+    for sample, found in segment_all(run, samples, args, scored):
+        if isinstance(found, data.DataError):
+            complain(found)
+            failed.append(sample.name)
+            continue
+        *_, prediction = found.labels.values()
+        for folder, labels in [(output / "predictions", prediction), *((folders[r], found.labels[r]) for r in folders)]:
+            data.save_mask(folder / f"{sample.name}.png", labels.numpy())
+        if scored:
+            for rung, labels in found.labels.items():
+                counts = data.confusion_matrix(found.truth, labels, info.num_classes)
+                matrices[rung] = matrices.get(rung, 0) + counts
+        done.append(sample.name)
+
+    if matrices:
+        names = ("background", *info.classes)
+        result = {rung: data.scores(matrix) for rung, matrix in matrices.items()}
+        print_scores(result, names, f"{args.split} of {info.name}, {len(done)} images, {describe(args, cfg)}")
+        for score in result.values():
+            score["iou"] = {name: None if np.isnan(iou) else iou for name, iou in zip(names, score["iou"])}
+        report = {"checkpoint": args.checkpoint, "step": step, "method": cfg.method, "dataset": info.name,
+                  "split": args.split, "images": len(done), "unusable": failed, "samples": summary,
+                  "long_side": cfg.long_side, "scales": args.scales, "flip": args.flip, "crf": args.crf,
+                  "rungs": result}
+        (output / "scores.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    if args.submit and not failed:
+        write_submission(args.submit, output / "predictions", done)
+    return len(failed)
+
+
+def describe(args: argparse.Namespace, cfg) -> str:
+    """How the prediction is made, in words."""
+    return (f"long side {cfg.long_side} x {', '.join(f'{scale:g}' for scale in args.scales)}, "
+            f"{'with' if args.flip else 'no'} mirror, {'with' if args.crf else 'no'} CRF")
+
+
+def print_scores(result: dict[str, dict], names: tuple[str, ...], title: str) -> None:
+    """A line per class, a column per rung. A class that is in neither masks nor predictions has nan."""
+    width = max(map(len, names))
+    print(f"\nIoU in percent, {title}\n{'':{width}}  " + "  ".join(result))
+    rows = [(name, [score["iou"][number] for score in result.values()]) for number, name in enumerate(names)]
+    for name, values in rows + [("mIoU", [score["miou"] for score in result.values()])]:
+        print(f"{name:{width}}  " + "  ".join(f"{100 * value:{len(rung)}.1f}" for rung, value in zip(result, values)))
+
+
+def write_submission(path: str, folder: Path, names: list[str]) -> None:
+    """Predictions as the VOC server wants them, in a .tgz that does not say who made it. Whole or not at all."""
+    unfinished = f"{path}.part"
+    with tarfile.open(unfinished, "w:gz") as archive:
+        for name in names:
+            member = tarfile.TarInfo(f"{VOC_FOLDER}/{name}.png")
+            member.size = (folder / f"{name}.png").stat().st_size
+            with open(folder / f"{name}.png", "rb") as file:
+                archive.addfile(member, file)
+    os.replace(unfinished, path)
+    print(f"{len(names)} predictions for the VOC server are in {path}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 100:
+        raise ValueError
+    return value
+
+
+def count(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoint", help="best.pt or last.pt of 05_train.py")
+    p.add_argument("images", nargs="*", help="pictures or folders of pictures; without any: the split is scored")
+    p.add_argument("--data-path", "--data_path", metavar="DIR", help="where the data lies (default: data/NAME)")
+    p.add_argument("--split", default="val", help="which part of the data set (default: %(default)s)")
+    p.add_argument("--scales", type=positive, nargs="+", metavar="X", help="default: the checkpoint's, say 1 1.5")
+    p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images too")
+    p.add_argument("--crf", action="store_true", help="dense CRF on top (needs pydensecrf2)")
+    p.add_argument("--cams", action="store_true", help="CAMs and pseudo labels too, from the split's labels")
+    p.add_argument("--submit", metavar="FILE.tgz", help="pack the predictions for the VOC server")
+    p.add_argument("--output-dir", "--output_dir", metavar="DIR",
+                   help="default: predictions/ beside a picture, SPLIT/ beside the checkpoint")
+    p.add_argument("--clip", metavar="NAME|FILE", help="default: as in training")
+    p.add_argument("--dino", metavar="NAME|FILE", help="default: as in training")
+    p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="encoders in half precision")
+    p.add_argument("-j", "--workers", type=count, default=max(1, min(8, (os.cpu_count() or 1) // 2)),
+                   help="processes for the CRF (default: half of the cores, at most 8)")
+    return p.parse_intermixed_args(argv)  # `ckpt --crf cat.jpg` too
+
+
+def main(argv: list[str] | None = None) -> int:
+    """-> exit status: 0, or 1 if some pictures could not be used."""
+    args = parse_args(argv)
+    if args.images and (args.cams or args.submit):
+        raise data.DataError("--cams and --submit are for a split: pictures of your own have no image-level labels "
+                             "(python 03_cam.py PICTURE --classes ... takes them from you)")
+    if args.crf:
+        crf_package()  # missing? say so now and not after the first picture
+    args.device = choose_device(args.device)
+    args.amp = {"cuda": torch.float16, "cpu": torch.bfloat16}.get(args.device.type) if args.amp else None
+    checkpoint = decoder.read_checkpoint(args.checkpoint)
+    if args.submit and checkpoint["dataset"] != "voc":
+        raise data.DataError(f"{args.checkpoint}: trained on {checkpoint['dataset']}; --submit is for VOC's server")
+    run = decoder.restore(checkpoint, args.checkpoint, args.clip, args.dino, args.device)
+    cfg = run[1]
+    args.scales = tuple(args.scales or cfg.scales)
+    print(f"{cfg.method}, trained on {checkpoint['dataset']} for {checkpoint['step']} steps, on {args.device}; "
+          f"{describe(args, cfg)}", flush=True)
+    failed = segment_pictures(run, args) if args.images else segment_split(run, args, checkpoint["step"])
+    if failed:
+        complain(f"{failed} pictures could not be used (see above), the others are done")
+    return int(failed > 0)
+
+
+def choose_device(wanted: str | None) -> torch.device:
+    """The device asked for, else the GPU if there is one. Raises data.DataError where it cannot be used."""
+    try:
+        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of these
+        reason = str(error).splitlines()[0]
+        raise data.DataError(f"--device {wanted}: {reason}; wanted cpu, or cuda or mps where there is one") from error
+
+
+if __name__ == "__main__":
+    data.run(main)
