@@ -77,8 +77,10 @@ def _clip_from_file(path: Path) -> nn.Module:
         if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
             return clip.load(str(path), device="cpu", jit=False)[0]  # OpenAI's TorchScript archive
         state = torch.load(path, map_location="cpu", weights_only=True)
-        # The toy file keeps only the rows of the token embedding that its world has words for.
-        return clip.model.build_model({k: v.to_dense() if v.is_sparse else v for k, v in state.items()})
+        if "token_embedding.words" in state:  # the toy file keeps only the rows that its world has words for
+            words, rows = state.pop("token_embedding.words"), state.pop("token_embedding.rows")
+            state["token_embedding.weight"] = rows.new_zeros(49_408, rows.shape[1]).index_copy(0, words, rows)
+        return clip.model.build_model(state)
     except Exception as error:  # whatever a foreign file makes torch or clip raise: say which file it was
         raise data.DataError(f"{path}: not a CLIP of OpenAI's (TorchScript archive or state dict): {error}") from error
 

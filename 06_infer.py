@@ -67,8 +67,8 @@ def crf(image: np.ndarray, probs: np.ndarray, iterations: int = 10) -> np.ndarra
     classes, height, width = probs.shape
     field = dense_crf.DenseCRF2D(width, height, classes)
     field.setUnaryEnergy(np.ascontiguousarray(utils.unary_from_softmax(probs)))
-    field.addPairwiseGaussian(sxy=3, compat=3)                                                       # pixels
-    field.addPairwiseBilateral(sxy=64, srgb=5, rgbim=np.ascontiguousarray(image), compat=4)          # pixels, 0..255
+    field.addPairwiseGaussian(sxy=3, compat=3)  # sxy in pixels, srgb in 0..255; compat is the weight
+    field.addPairwiseBilateral(sxy=64, srgb=5, rgbim=np.ascontiguousarray(image), compat=4)
     return np.array(field.inference(iterations), dtype=np.float32).reshape(classes, height, width)
 
 
@@ -241,7 +241,7 @@ def segment_pictures(run: tuple, args: argparse.Namespace) -> int:
     return failed
 
 
-def segment_split(run: tuple, args: argparse.Namespace, step: int) -> int:
+def segment_split(run: tuple, args: argparse.Namespace, checkpoint: dict) -> int:
     """Predictions of a split; with masks its scores, with --submit the archive. -> how many files could not be used.
 
     Of an image nothing is kept but its PNGs and what it adds to one confusion matrix per rung.
@@ -281,12 +281,14 @@ def segment_split(run: tuple, args: argparse.Namespace, step: int) -> int:
         print_scores(result, names, f"{args.split} of {info.name}, {len(done)} images, {describe(args, cfg)}")
         for score in result.values():
             score["iou"] = {name: None if np.isnan(iou) else iou for name, iou in zip(names, score["iou"])}
-        report = {"checkpoint": args.checkpoint, "step": step, "method": cfg.method, "dataset": info.name,
-                  "split": args.split, "images": len(done), "unusable": failed, "samples": summary,
-                  "long_side": cfg.long_side, "scales": args.scales, "flip": args.flip, "crf": args.crf,
-                  "rungs": result}
+        trained = {key: checkpoint.get(key) for key in ("step", "supervised", "seed", "clip", "dino", "config")}
+        report = {"checkpoint": args.checkpoint, "dataset": info.name, "split": args.split, "images": len(done),
+                  "unusable": failed, "samples": summary, "scales": args.scales, "flip": args.flip, "crf": args.crf,
+                  "rungs": result, "training": trained}
         (output / "scores.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
-    if args.submit and not failed:
+    if args.submit and failed:
+        complain(f"{args.submit} is not written: it would lack {len(failed)} of {len(samples)} pictures")
+    elif args.submit:
         write_submission(args.submit, output / "predictions", done)
     return len(failed)
 
@@ -375,9 +377,9 @@ def main(argv: list[str] | None = None) -> int:
     run = decoder.restore(checkpoint, args.checkpoint, args.clip, args.dino, args.device)
     cfg = run[1]
     args.scales = tuple(args.scales or cfg.scales)
-    print(f"{cfg.method}, trained on {checkpoint['dataset']} for {checkpoint['step']} steps, on {args.device}; "
-          f"{describe(args, cfg)}", flush=True)
-    failed = segment_pictures(run, args) if args.images else segment_split(run, args, checkpoint["step"])
+    print(f"{cfg.method}, trained on {checkpoint['dataset']} for {checkpoint.get('step', '?')} steps; "
+          f"{describe(args, cfg)}; on {args.device}", flush=True)
+    failed = segment_pictures(run, args) if args.images else segment_split(run, args, checkpoint)
     if failed:
         complain(f"{failed} pictures could not be used (see above), the others are done")
     return int(failed > 0)

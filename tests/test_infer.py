@@ -41,9 +41,9 @@ def write_checkpoint(folder, dataset, classes, name):
     weights = golden.head_state_dict(2, 128, 1 + len(classes), 1, 96, pred_gain=3.0, pred_bias_offsets=biases)
     frozen = {"clip": (str(clip_file), backbone.load_clip(str(clip_file))),
               "dino": (str(dino_file), backbone.load_dino(str(dino_file)))}
-    identity = {key: {"name": file, "fingerprint": backbone.fingerprint(model)} for key, (file, model) in frozen.items()}
+    names = {what: {"name": file, "fingerprint": backbone.fingerprint(model)} for what, (file, model) in frozen.items()}
     torch.save({"model": weights, "config": asdict(CONFIG), "method": "weclip+", "dataset": dataset, "step": 7,
-                "classes": list(classes), "prompts": list(classes), "background": ["ground", "sky"], **identity},
+                "classes": list(classes), "prompts": list(classes), "background": ["ground", "sky"], **names},
                folder / name)
     return str(folder / name)
 
@@ -85,7 +85,8 @@ def command(*args, cwd):
     """06 as a user starts it, in a process of its own; -> the finished process."""
     script = Path(infer.__file__).resolve()
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in conftest.py
-    return subprocess.run([sys.executable, script, *map(str, args)], cwd=cwd, env=one_thread, capture_output=True, text=True)
+    line = [sys.executable, script, *map(str, args)]
+    return subprocess.run(line, cwd=cwd, env=one_thread, capture_output=True, text=True)
 
 
 def exit_status(*args):
@@ -318,6 +319,15 @@ def test_the_submission_has_the_servers_layout(home, voc, tmp_path):
             np.testing.assert_array_equal(packed, read(tmp_path / "out" / "predictions" / f"{name}.png"))
 
 
+def test_an_incomplete_submission_is_not_written(home, voc, tmp_path, capsys):
+    root, names = voc
+    (root / "JPEGImages" / f"{names[1]}.jpg").write_bytes(b"no picture")
+    options = ["--data-path", root, "--split", "test", "--output-dir", tmp_path / "out", "--submit", tmp_path / "s.tgz"]
+    assert exit_status(home / "voc.pt", *options) == 1
+    assert "lack 1 of 2" in capsys.readouterr().err
+    assert not (tmp_path / "s.tgz").exists() and (tmp_path / "out" / "predictions" / f"{names[0]}.png").exists()
+
+
 def test_without_labels_there_are_no_cams(home, voc):
     root, _ = voc
     with pytest.raises(data.DataError, match="test has no image-level labels"):
@@ -404,12 +414,12 @@ def test_crf_moves_the_border_to_the_edge_of_the_picture(home, tmp_path):
     image = np.zeros((30, 40, 3), np.uint8)
     image[:, 20:] = 255
     logits = torch.zeros(5, 30, 40)
-    logits[0, :, :23], logits[2, :, 23:], logits[3:] = 2, 2, -9
+    logits[0, :, :23], logits[3, :, 23:], logits[1], logits[4] = 2, 2, -9, -9
     ids, probs = infer.likely_classes(logits)
-    assert ids.tolist() == [0, 1, 2]
+    assert ids.tolist() == [0, 2, 3]
     labels = infer.crf_labels(image, ids, probs)
     assert labels.dtype == np.uint8
-    np.testing.assert_array_equal(labels, np.where(np.arange(40) < 20, 0, 2)[None].repeat(30, axis=0))
+    np.testing.assert_array_equal(labels, np.where(np.arange(40) < 20, 0, 3)[None].repeat(30, axis=0))
 
 
 def test_crf_in_worker_processes_is_the_crf_of_one_process(home, run, tmp_path):

@@ -883,6 +883,24 @@ def test_pictures_smaller_than_a_patch_are_segmented_at_their_own_size(world, si
     assert logits.shape == (6, *size) and logits.isfinite().all()
 
 
+def test_labelling_images_is_all_stages_in_a_row(world):
+    """One call of what 03 and 04 offer singly: the tokens of the row's block, its scale, boxes and probabilities."""
+    cfg, encoders, model = world
+    cfg = decoder.replace(cfg, box_fraction=0.4, logit_scale_divisor=4)  # cam_input is -2 in this row
+    images = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(3))
+    seen, pairs = backbone.look(encoders, images, num_maps=3), cam.class_pairs(LABELS)
+    prediction = model(seen.tokens, seen.grid, seen.dino_map)
+    raw, _, last_map = cam.grad_cam(encoders.clip, seen.tokens[1], *encoders[2:], pairs, (4, 5),
+                                    encoders.clip.logit_scale.exp() / 4)
+    maps = torch.cat([seen.maps, last_map[:, None]], dim=1)
+    expected = decoder.refine(cfg, images, cam.normalize_cams(raw), maps, decoder.learned_affinity(prediction.fused),
+                              prediction.logits.softmax(dim=1), pairs, (20, 30), dynamic=True)
+    cams, refined = decoder.label_images(cfg, encoders, images, seen, prediction, pairs, (20, 30), dynamic=True)
+    close(cams, cam.normalize_cams(raw))
+    for got, wanted in zip(refined, expected):
+        close(got.float(), wanted.float())
+
+
 def test_the_loss_trains_every_parameter_of_the_trained_part_and_nothing_else(world):
     cfg, encoders, model = world
     images = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(3))

@@ -63,15 +63,6 @@ def logged(output) -> list[dict]:
         return [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(file)]
 
 
-def test_the_learning_rate_warms_up_for_fifty_steps_and_then_falls_to_zero():
-    """Section 10 of the released schedule; step 0 runs at a millionth of the rate."""
-    assert train.learning_rate(0, 2e-3, 30_000) == pytest.approx(2e-9)
-    assert train.learning_rate(25, 2e-3, 30_000) == pytest.approx(2e-3 * (1 - 0.5 * (1 - 1e-6)))
-    assert train.learning_rate(50, 2e-3, 30_000) == pytest.approx(2e-3 * (1 - 50 / 30_000))
-    assert train.learning_rate(15_000, 2e-3, 30_000) == pytest.approx(1e-3)
-    assert train.learning_rate(29_999, 2e-3, 30_000) == pytest.approx(2e-3 / 30_000)
-
-
 @pytest.mark.parametrize("method", ["weclip+", "weclip"])
 def test_a_run_leaves_what_the_readme_says(world, tmp_path, method, capsys):
     """args.json, log.csv with a row per printed step, scores.csv, a preview, both checkpoints; then the next command."""
@@ -142,8 +133,9 @@ def test_supervised_training_learns_from_the_true_masks(world, tmp_path, monkeyp
     """The labels that reach the losses are the masks of the drawn views, and no pseudo label is made."""
     seen, losses = [], decoder.losses
     monkeypatch.setattr(decoder, "losses", lambda *a: seen.append(a[3]) or losses(*a))
-    steps = decoder.label_images
-    monkeypatch.setattr(decoder, "label_images", lambda *a: pytest.fail("made pseudo labels") if len(seen) < 2 else steps(*a))
+    label_images = decoder.label_images
+    monkeypatch.setattr(decoder, "label_images", lambda *a, **k: (
+        pytest.fail("made pseudo labels") if len(seen) < 2 else label_images(*a, **k)))  # evaluation makes them
     train.main(arguments(world, tmp_path, "--max-iters", 2, "--supervised"))
     info = data.dataset_info(str(world))
     views = data.TrainDataset(data.list_samples(info, world, "train"), info.num_classes, 64, 0, with_masks=True)
@@ -181,8 +173,12 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(world, tmp_pat
                     *arguments(world, two, *common, "-b", 2)], check=True, capture_output=True)
     for ours, theirs in zip(logged(two), logged(one), strict=True):
         assert {k: float(v) for k, v in ours.items() if v} == pytest.approx({k: float(v) for k, v in theirs.items() if v}, abs=1e-5)
-    for name, weight in read(one)["model"].items():
-        torch.testing.assert_close(read(two)["model"][name], weight, atol=1e-5, rtol=0)
+    ours = read(two)["model"]
+    for name, theirs in read(one)["model"].items():
+        difference = (ours[name] - theirs).abs()
+        if name.endswith("in_proj_bias"):  # a key bias has no true gradient; AdamW turns its rounding noise into steps
+            difference[len(difference) // 3:2 * len(difference) // 3] = 0
+        assert difference.max() < 1e-5, name
     assert (one / "scores.csv").read_text() == (two / "scores.csv").read_text()
 
 
