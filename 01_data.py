@@ -41,7 +41,6 @@ from tqdm import tqdm
 IGNORE_INDEX = 255                        # "void" in a mask: no score
 IMAGE_MEAN = (123.675, 116.28, 103.53)    # ImageNet, RGB, in 0..255; for CLIP and DINO alike, as in the released code
 IMAGE_STD = (58.395, 57.12, 57.375)
-SCALES = (0.5, 2.0)                       # range of the random scale
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 HERE = Path(__file__).resolve().parent
 
@@ -486,15 +485,15 @@ def crop(image: np.ndarray, size: int, top: int, left: int, fill: int = 0) -> np
     return canvas
 
 
-def augment(image: np.ndarray, mask: np.ndarray | None, size: int,
-            rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
-    """One random view: scale in [0.5, 2], mirror image with p = 0.5, crop of size x size on black; no colour jitter.
+def augment(image: np.ndarray, mask: np.ndarray | None, size: int, rng: np.random.Generator,
+            scales: tuple[float, float] = (0.5, 2.0)) -> tuple[np.ndarray, np.ndarray | None]:
+    """One random view: scale from the range `scales`, mirror image with p = 0.5, crop of size x size on black; no colour jitter.
 
     -> image (size, size, 3) uint8, mask (size, size) uint8 with 255 where there is no image, or None
     The canvas is black before normalisation, so padding ends up at -mean / std. The image-level label stays that of the
     whole picture even if the crop misses the object, as in the released code.
     """
-    factor, step = rng.uniform(*SCALES), rng.choice((1, -1))
+    factor, step = rng.uniform(*scales), rng.choice((1, -1))
     image = rescale(image, factor)[:, ::step]
     top, left = (rng.integers(abs(side - size) + 1) for side in image.shape[:2])
     if mask is not None:
@@ -541,7 +540,7 @@ class TrainDataset(Dataset):
     """
 
     def __init__(self, samples: list[Sample], num_classes: int, crop_size: int, seed: int = 0,
-                 with_masks: bool = False):
+                 with_masks: bool = False, scales: tuple[float, float] = (0.5, 2.0)):
         self.samples = [sample for sample in samples if sample.labels]
         self.skipped = len(samples) - len(self.samples)
         if not self.samples:
@@ -549,7 +548,8 @@ class TrainDataset(Dataset):
                             "`python 01_data.py DATASET --check` says what is missing")
         if with_masks:
             need_masks(self.samples)
-        self.num_classes, self.crop_size, self.seed, self.with_masks = num_classes, crop_size, seed, with_masks
+        self.num_classes, self.crop_size, self.seed = num_classes, crop_size, seed
+        self.with_masks, self.scales = with_masks, scales
 
     def __len__(self) -> int:
         """Images in an epoch, n."""
@@ -559,7 +559,7 @@ class TrainDataset(Dataset):
         epoch, place = divmod(draw, len(self))
         sample = self.samples[epoch_order(self.seed, epoch, len(self))[place]]
         pair = load_pair(sample, self.num_classes, self.with_masks)
-        pair = augment(*pair, self.crop_size, np.random.default_rng((self.seed, 1, draw)))
+        pair = augment(*pair, self.crop_size, np.random.default_rng((self.seed, 1, draw)), self.scales)
         return as_item(sample, *pair, self.num_classes)
 
 
@@ -623,6 +623,16 @@ def scores(matrix: torch.Tensor) -> dict:
     iou, present = hits / (truth + predicted - hits), truth > 0
     return {"pixel_accuracy": float(hits.sum() / matrix.sum()), "mean_accuracy": float((hits / truth)[present].mean()),
             "miou": float(iou[present].mean()), "iou": iou.tolist()}
+
+
+def print_scores(result: dict[str, dict], info: DatasetInfo, title: str) -> None:
+    """A line per class, a column per kind of prediction, IoU in percent. nan: in neither masks nor predictions."""
+    names = ("background", *info.classes)
+    width = max(map(len, names))
+    print(f"\nIoU in percent, {title}\n{'':{width}}  " + "  ".join(result))
+    rows = [(name, [score["iou"][number] for score in result.values()]) for number, name in enumerate(names)]
+    for name, values in rows + [("mIoU", [score["miou"] for score in result.values()])]:
+        print(f"{name:{width}}  " + "  ".join(f"{100 * value:{len(key)}.1f}" for key, value in zip(result, values)))
 
 
 # ---------------------------------------------------------------- pictures for people
@@ -762,42 +772,48 @@ def _mirror(points: list) -> list:
     return [(-x, y) for x, y in points]
 
 
-_WING, _UNDERWING = [(0, -.1), (-.3, -.8), (-.95, -.9), (-1, -.2), (-.5, .1)], [(0, 0), (-.6, .12), (-.85, .6), (-.4, .9)]
+_WING = [(0, -.1), (-.3, -.8), (-.95, -.9), (-1, -.2), (-.5, .1)]
+_UNDERWING = [(0, 0), (-.6, .12), (-.85, .6), (-.4, .9)]
 
-# Facets of each figure, painted in this order: (brightness of the paper, corners in [-1, 1], y downwards); MARK = the mark.
-MARK = None
+# Facets of each figure in the order of painting: (brightness of the paper, corners in [-1, 1], y downwards). What is
+# brighter than PLAIN bears the print of the class: it tells the class at a glance, and covers a part of the figure only.
+PLAIN = 0.8
 FIGURES = {
-    "boat": [(.70, [(-1, .3), (1, .3), (.55, .9), (-.55, .9)]), (.90, [(-1, .3), (-.1, .3), (-.55, .9)]),
-             (.60, [(-.14, -1), (-.04, -1), (-.04, .35), (-.14, .35)]), (.85, [(-.04, -1), (-.04, .3), (.8, .3)]),
-             (1.0, [(-.14, -.75), (-.14, .3), (-.75, .3)]),
-             (MARK, [(.02, -.5), (.15, -.5), (.15, .12), (.02, .12)]), (MARK, [(-.04, -.25), (.5, -.25), (.58, -.1), (-.04, -.1)])],
+    "boat": [(.70, [(-1, .3), (1, .3), (.55, .9), (-.55, .9)]), (.60, [(-.3, -1), (-.18, -1), (-.18, .35), (-.3, .35)]),
+             (.85, [(-.18, -1), (-.18, .3), (.95, .3)]), (1.0, [(-.3, -.75), (-.3, .3), (-.85, .3)])],
     "butterfly": [(1.0, _WING), (.85, _mirror(_WING)), (.75, _UNDERWING), (.65, _mirror(_UNDERWING)),
-                  (.45, [(-.08, -.6), (.08, -.6), (.08, .65), (-.08, .65)]),
-                  (MARK, _arc(-.62, -.5, .2, .2)), (MARK, _arc(.62, -.5, .2, .2))],
+                  (.45, [(-.08, -.6), (.08, -.6), (.08, .65), (-.08, .65)])],
     "cat": [(.75, [(.3, .95), (.8, .6), (.75, .0), (.98, .05), (1, .75), (.6, 1)]),
-            (1.0, [(-.5, .95), (-.35, .0), (.0, -.2), (.0, .95)]), (.82, [(.55, .95), (.35, .0), (.0, -.2), (.0, .95)]),
-            (.92, [(-.55, -1), (-.2, -.7), (.2, -.7), (.55, -1), (.5, -.3), (.2, 0), (-.2, 0), (-.5, -.3)]),
-            (MARK, _arc(-.24, -.45, .13, .15, 4)), (MARK, _arc(.24, -.45, .13, .15, 4)),
-            (MARK, [(-.14, -.24), (.14, -.24), (0, -.06)])],
-    "fish": [(1.0, [(-1, 0), (-.5, -.5), (.1, -.45), (.5, 0)]), (.78, [(-1, 0), (-.5, .5), (.1, .45), (.5, 0)]),
-             (.88, [(.4, 0), (1, -.6), (.8, 0)]), (.68, [(.4, 0), (1, .6), (.8, 0)]), (.7, [(-.35, -.48), (.15, -.85), (.1, -.42)]),
-             (MARK, _arc(-.62, -.1, .14, .14)), (MARK, [(-.38, -.5), (-.26, -.5), (-.16, 0), (-.26, .5), (-.38, .5), (-.28, 0)])],
-    "house": [(1.0, [(-.7, -.1), (.1, -.1), (.1, .9), (-.7, .9)]), (.82, [(.1, -.1), (.7, -.1), (.7, .9), (.1, .9)]),
-              (.55, [(.4, -.9), (.6, -.9), (.6, -.3), (.4, -.3)]), (.68, [(-.95, -.05), (0, -.95), (.95, -.05)]),
-              (MARK, [(-.5, .3), (-.15, .3), (-.15, .9), (-.5, .9)]), (MARK, [(.18, .18), (.52, .18), (.52, .5), (.18, .5)])],
-    "mushroom": [(1.0, [(-.28, -.1), (.28, -.1), (.4, .95), (-.4, .95)]), (.85, [(.05, -.1), (.28, -.1), (.4, .95), (.15, .95)]),
-                 (.8, _arc(0, .05, .95, .95, 20, 180, 360)),
-                 (MARK, _arc(-.45, -.25, .15, .15)), (MARK, _arc(.05, -.6, .15, .15)), (MARK, _arc(.5, -.22, .15, .15))],
-    "rabbit": [(.75, _arc(.2, .5, .65, .45)), (.9, _arc(.0, .55, .4, .4)),
-               (.85, [(-.5, -.2), (-.8, -1), (-.5, -1), (-.3, -.25)]), (.7, [(-.4, -.2), (-.25, -1), (.05, -.9), (-.15, -.1)]),
-               (1.0, _arc(-.45, .0, .36, .32)), (.6, _arc(.85, .35, .15, .15)),
-               (MARK, [(-.48, -.4), (-.68, -.92), (-.55, -.92), (-.38, -.4)]), (MARK, _arc(-.55, -.02, .1, .1))],
+            (1.0, [(-.5, .95), (-.35, .0), (.0, -.2), (.0, .95)]), (.7, [(.55, .95), (.35, .0), (.0, -.2), (.0, .95)]),
+            (.92, [(-.7, -1), (-.3, -.75), (.3, -.75), (.7, -1), (.65, -.2), (.3, .1), (-.3, .1), (-.65, -.2)])],
+    "fish": [(1.0, [(-1, 0), (-.5, -.55), (.1, -.5), (.5, 0)]), (.85, [(-1, 0), (-.5, .55), (.1, .5), (.5, 0)]),
+             (.78, [(.4, 0), (1, -.6), (.8, 0)]), (.68, [(.4, 0), (1, .6), (.8, 0)]), (.7, [(-.35, -.5), (.15, -.85), (.1, -.45)])],
+    "house": [(1.0, [(-.75, -.1), (.1, -.1), (.1, .9), (-.75, .9)]), (.88, [(.1, -.1), (.75, -.1), (.75, .9), (.1, .9)]),
+              (.55, [(.4, -.9), (.6, -.9), (.6, -.3), (.4, -.3)]), (.68, [(-.95, -.05), (0, -.95), (.95, -.05)])],
+    "mushroom": [(.78, [(-.28, -.1), (.28, -.1), (.4, .95), (-.4, .95)]), (.65, [(.05, -.1), (.28, -.1), (.4, .95), (.15, .95)]),
+                 (1.0, _arc(0, .05, .95, .95, 20, 180, 360))],
+    "rabbit": [(.72, _arc(.2, .5, .65, .45)), (.9, _arc(.0, .55, .4, .4)), (.75, [(-.6, -.1), (-.98, -1), (-.55, -1), (-.3, -.15)]),
+               (.7, [(-.35, -.1), (-.3, -1), (.12, -.95), (-.05, -.05)]), (1.0, _arc(-.45, .05, .42, .38)),
+               (.6, _arc(.85, .35, .15, .15))],
     "turtle": [(.75, [(-.55, .2), (-.25, .2), (-.35, .7), (-.65, .7)]), (.75, [(.25, .2), (.55, .2), (.65, .7), (.35, .7)]),
-               (.9, _arc(-.8, .1, .22, .2)), (.6, [(.6, .2), (1, .4), (.6, .4)]), (1.0, _arc(0, .4, .75, .9, 20, 180, 360)),
-               (MARK, [(-.3, -.05), (-.15, -.28), (.15, -.28), (.3, -.05), (.15, .18), (-.15, .18)])],
+               (.7, _arc(-.8, .1, .22, .2)), (.6, [(.6, .2), (1, .4), (.6, .4)]), (1.0, _arc(0, .4, .8, .95, 20, 180, 360))],
 }
-CLASSES = tuple(FIGURES)
-BACKGROUNDS = {  # name -> usual colour; the true one strays from it by up to half of the range
+
+
+def _print(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Where does the print of a class leave ink? x, y in cells of the print, turned with the figure -> bool."""
+    u, v = x - np.floor(x) - .5, y - np.floor(y) - .5  # place in the cell, [-.5, .5)
+    return {"boat": lambda: np.abs(v) < .25,                                                   # stripes
+            "butterfly": lambda: np.abs(np.hypot(u, v) - .3) < .13,                            # rings
+            "cat": lambda: np.abs((y + np.abs(u) * 1.6) % 1 - .5) < .22,                       # zigzag
+            "fish": lambda: np.abs(u) < .25,                                                   # bars
+            "house": lambda: (np.abs(u) > .34) | (np.abs(v) > .34),                            # lattice
+            "mushroom": lambda: np.hypot(u, v) < .3,                                           # dots
+            "rabbit": lambda: (np.abs(u) < .16) & (np.abs(v) < .42) | (np.abs(v) < .16) & (np.abs(u) < .42),  # crosses
+            "turtle": lambda: (u < 0) == (v < 0)}[name]()                                      # chequers
+
+
+GROUNDS = {  # name -> usual colour; the true one strays from it by up to half of the range
     "grass": (96, 130, 62), "water": (70, 120, 160), "bricks": (160, 92, 72), "planks": (150, 115, 78),
     "sand": (205, 180, 135), "pebbles": (130, 130, 128)}
 
@@ -824,7 +840,8 @@ def draw_background(rng: np.random.Generator, size: int, kind: str) -> np.ndarra
         tint = np.take(rng.uniform(-.15, .15, 97), row.astype(int) % 97)
         light = np.where(y % step < 1.5, -.45, tint + .13 * _noise(rng, size, size // 2, 4)) + .02 * grain
     elif kind == "water":
-        light = .22 * np.sin(6.28 / step * (y + 4 * np.sin(x / step + rng.uniform(0, 6)) + 3 * _noise(rng, size, bumps, bumps)))
+        swell = 4 * np.sin(x / step + rng.uniform(0, 6)) + 3 * _noise(rng, size, bumps, bumps)
+        light = .22 * np.sin(6.28 / step * (y + swell))
     elif kind == "grass":
         light = .38 * _noise(rng, size, max(2, size // 6), size // 2) + .08 * _noise(rng, size, bumps, bumps)
     elif kind == "sand":
@@ -836,43 +853,51 @@ def draw_background(rng: np.random.Generator, size: int, kind: str) -> np.ndarra
             pen.ellipse([cx - r * step, cy - .8 * r * step, cx + r * step, cy + .8 * r * step], fill=tint, outline=-.4)
         light = np.asarray(canvas) + .04 * grain
     light = light + rng.uniform(.1, .25) * _noise(rng, size, 2, 2)  # lamps and shadows
-    colour = np.array(BACKGROUNDS[kind]) * rng.uniform(.8, 1.2) + rng.uniform(-45, 45, 3)
-    return (colour.clip(30, 235) * (1 + light[..., None])).clip(0, 255).astype(np.float32)
+    colour = np.array(GROUNDS[kind]) * rng.uniform(.8, 1.2) + rng.uniform(-45, 45, 3)
+    return (colour.clip(30, 235) * (1 + .65 * light[..., None])).clip(0, 255).astype(np.float32)
 
 
 def _paper(rng: np.random.Generator) -> np.ndarray:
     """A colour of paper, (3,) in 0..255: any hue."""
-    return 255 * np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(.25, .9), rng.uniform(.45, 1)))
+    return 255 * np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(.3, .9), rng.uniform(.4, 1)))
 
 
-def _paint(rng: np.random.Generator, image: np.ndarray, facets: list, centre: np.ndarray, radius: float) -> np.ndarray:
-    """Put one sheet of folded paper on the image, in place, with its shadow. -> its mask, (H, W) bool."""
-    reach = int(1.8 * radius) + 8                                        # pixels: figure, shadow and its blur
+def _paint(rng: np.random.Generator, image: np.ndarray, facets: list, centre: np.ndarray, radius: float,
+           name: str | None = None) -> np.ndarray:
+    """Put one figure of folded paper on the image, in place, with its shadow. -> its mask, (H, W) bool.
+
+    facets  as in FIGURES; turned by up to 30 degrees, stretched by up to 15 %, half of them mirrored
+    centre  (x, y) pixels, inside the image; radius  pixels that 1 stands for; name  whose print the paper bears
+    """
+    reach = int(1.8 * radius) + 8  # pixels: the figure, its shadow and the blur of it fit into a window of twice that
     left, top = (int(c) - reach for c in centre)
-    window = tuple(slice(max(0, start), max(0, start + 2 * reach)) for start in (top, left))
-    part, inside = image[window], tuple(slice(s.start - o, s.stop - o) for s, o in zip(window, (top, left)))
+    window = np.s_[max(0, top):top + 2 * reach, max(0, left):left + 2 * reach]
+    part = image[window]
+    inside = np.s_[max(0, -top):max(0, -top) + part.shape[0], max(0, -left):max(0, -left) + part.shape[1]]
     paper = _paper(rng)
-    while np.abs(paper - part.mean((0, 1))).max() < 60:
+    while np.abs(paper - part.mean((0, 1))).max() < 60:  # to be told from the ground by eye
         paper = _paper(rng)
-    mark = np.full(3, 245.) if paper @ (.3, .59, .11) < 140 else .25 * paper
-    turn = np.deg2rad(rng.uniform(-40, 40))
+    ink = .6 if paper @ (.3, .59, .11) > 110 else 1.7  # darker or lighter than the paper, the same hue
+    turn = np.deg2rad(rng.uniform(-30, 30))
     matrix = radius * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    matrix = matrix * rng.uniform(.8, 1.2, 2) * (rng.choice([-1, 1]), 1)  # stretched; half of them mirrored
+    matrix = matrix * rng.uniform(.85, 1.15, 2) * (rng.choice([-1, 1]), 1)
     canvas = Image.new("RGBA", (4 * reach, 4 * reach), (*paper.astype(int), 0))  # twice the size: smooth edges
-    pen = ImageDraw.Draw(canvas)
+    printed = Image.new("L", canvas.size)
+    pen, press = ImageDraw.Draw(canvas), ImageDraw.Draw(printed)
     for shade, corners in facets:
-        colour = mark if shade is MARK else paper * shade
-        pen.polygon([tuple(p) for p in 2 * (np.array(corners) @ matrix.T + centre - (left, top))], fill=(*colour.astype(int), 255))
-    layer = np.asarray(canvas.resize((2 * reach, 2 * reach), Image.Resampling.BOX), dtype=np.float32)
+        points = [tuple(p) for p in 2 * (np.array(corners) @ matrix.T + centre - (left, top))]
+        pen.polygon(points, fill=(*(paper * shade).astype(int), 255))
+        press.polygon(points, fill=255 * (shade > PLAIN))
+    small = [np.asarray(x.resize((2 * reach, 2 * reach), Image.Resampling.BOX), dtype=np.float32) for x in (canvas, printed)]
+    layer, light = small[0], 1 + rng.normal(0, .03, small[1].shape)
+    if name is not None:
+        pixels = np.moveaxis(np.mgrid[top:top + 2 * reach, left:left + 2 * reach], 0, -1)[..., ::-1]  # (y, x) -> (x, y)
+        cells = (pixels - centre) @ np.linalg.inv(matrix).T * rng.uniform(1.6, 2.4) + rng.uniform(0, 1, 2)
+        light = light * np.where(_print(name, cells[..., 0], cells[..., 1]), 1 + (ink - 1) * small[1] / 255, 1)
     shadow = Image.fromarray(layer[..., 3].astype(np.uint8)).filter(ImageFilter.GaussianBlur(2))
     shadow = np.roll(np.asarray(shadow, dtype=np.float32), (2, 2), (0, 1))
-    y, x = np.mgrid[:2 * reach, :2 * reach]
-    wave = np.sin((x * np.cos(5 * turn) + y * np.sin(5 * turn)) * rng.uniform(.4, 1.4)) * rng.uniform(0, .12)
-    rgb = (layer[..., :3] * (1 + wave + rng.normal(0, .03, wave.shape))[..., None]).clip(0, 255)
-    height, width = part.shape[:2]
-    inside = tuple(slice(i.start, i.start + n) for i, n in zip(inside, (height, width)))
     part *= 1 - .45 * shadow[inside][..., None] / 255
-    part += layer[inside][..., 3:] / 255 * (rgb[inside] - part)
+    part += layer[inside][..., 3:] / 255 * ((layer[..., :3] * light[..., None]).clip(0, 255)[inside] - part)
     mask = np.zeros(image.shape[:2], bool)
     mask[window] = layer[inside][..., 3] > 127
     return mask
@@ -882,40 +907,41 @@ def _scraps(rng: np.random.Generator, image: np.ndarray, count: int) -> None:
     """Clutter: `count` torn pieces of paper, three or four corners, no class."""
     for _ in range(count):
         corners = _arc(0, 0, 1, 1, int(rng.integers(3, 6)))
-        _paint(rng, image, [(1., corners), (.8, corners[:3])], rng.uniform(0, len(image), 2), rng.uniform(2.5, 7))
+        _paint(rng, image, [(1., corners), (.8, corners[:3])], rng.uniform(0, len(image), 2), rng.uniform(2.5, 6))
 
 
 def draw_tile(rng: np.random.Generator, size: int, kind: str, figure: str | None) -> np.ndarray:
-    """One ground with at most one figure that fills 45 to 95 % of the tile: (size, size, 3) uint8."""
+    """One ground with at most one figure that spans half of the tile to all of it: (size, size, 3) uint8."""
     image = draw_background(rng, size, kind)
     _scraps(rng, image, rng.integers(0, 1 + size // 24))
     if figure is not None:
-        radius = size * rng.uniform(.24, .48)
+        radius = size * rng.uniform(.26, .52)
         room = size / 2 - .8 * radius
-        _paint(rng, image, FIGURES[figure], size / 2 + rng.uniform(-room, room, 2), radius)
+        _paint(rng, image, FIGURES[figure], size / 2 + rng.uniform(-room, room, 2), radius, figure)
     return image.round().astype(np.uint8)
 
 
-def draw_scene(rng: np.random.Generator, size: int = 128, max_objects: int = 3) -> tuple[np.ndarray, np.ndarray]:
+def draw_scene(rng: np.random.Generator, size: int = 96, max_objects: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """One picture of the data set: -> image (size, size, 3) uint8, mask (size, size) uint8 (0 ground, 1 + class id).
 
     One ground or two that meet at a slanted line, scraps, and 1 to `max_objects` figures. A figure may hide up to half
     of another one and may leave the picture by a third of its radius; the last one painted is in front.
     """
-    kinds = rng.choice(list(BACKGROUNDS), 2, replace=False)
+    kinds = rng.choice(list(GROUNDS), 2, replace=False)
     image = draw_background(rng, size, kinds[0])
     if rng.uniform() < .5:
         y, x = np.mgrid[:size, :size] / size - .5
         turn = rng.uniform(0, 2 * np.pi)
         below = x * np.cos(turn) + y * np.sin(turn) > rng.uniform(-.2, .2)
         image[below] = draw_background(rng, size, kinds[1])[below]
-    _scraps(rng, image, rng.integers(3, 9))
+    _scraps(rng, image, rng.integers(2, 6))
     owner = np.zeros((size, size), int)  # which figure is seen at a pixel, 0 = none
     values, areas = [0], [0]             # of each figure: its value in the mask, its pixels when nothing hides it
     for _ in range(rng.integers(1, max_objects + 1)):
         for _ in range(10):              # places to try
-            class_id, radius, trial = rng.integers(len(CLASSES)), size * rng.uniform(.15, .34), image.copy()
-            figure = _paint(rng, trial, FIGURES[CLASSES[class_id]], rng.uniform(.7 * radius, size - .7 * radius, 2), radius)
+            class_id, radius, trial = rng.integers(len(SHAPES_CLASSES)), size * rng.uniform(.2, .38), image.copy()
+            centre = rng.uniform(.7 * radius, size - .7 * radius, 2)
+            figure = _paint(rng, trial, FIGURES[SHAPES_CLASSES[class_id]], centre, radius, SHAPES_CLASSES[class_id])
             covered = np.where(figure, len(areas), owner)
             seen = np.bincount(covered.ravel(), minlength=len(areas) + 1)
             if (seen[1:] >= .5 * np.array([*areas[1:], figure.sum()])).all():
@@ -926,7 +952,7 @@ def draw_scene(rng: np.random.Generator, size: int = 128, max_objects: int = 3) 
     return image.round().astype(np.uint8), np.array(values, np.uint8)[owner]
 
 
-def scene(seed: int, index: int, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
+def scene(seed: int, index: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
     """Picture `index` of the endless list `seed`: the same in every process and worker. See `draw_scene`."""
     return draw_scene(np.random.default_rng((seed, index)), size)
 

@@ -321,6 +321,22 @@ def fingerprint(model: nn.Module) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def choose_device(wanted: str | None = None) -> torch.device:
+    """The device asked for, else the GPU if there is one. Raises data.DataError where it cannot be used."""
+    try:
+        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of these
+        reason = str(error).splitlines()[0]
+        raise data.DataError(f"--device {wanted}: {reason}; wanted cpu, or cuda or mps where there is one") from error
+
+
+def half_precision(device: torch.device) -> torch.dtype:
+    """What --amp means on a device: float16 on CUDA, bfloat16 elsewhere."""
+    return torch.float16 if device.type == "cuda" else torch.bfloat16
+
+
 class Encoders(NamedTuple):
     """The frozen half of the method, with the texts it was asked."""
 
@@ -369,17 +385,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--clip", default="shapes", help="OpenAI's name, a file, or shapes (default: %(default)s)")
     p.add_argument("--dino", default="shapes", help="Meta's name, a file, shapes, or none (default: %(default)s)")
     p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: what CLIP was trained on)")
-    p.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
+    p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     info = data.DATASETS["shapes" if args.clip == "shapes" else "voc"]
-    encoders = load_encoders(args.clip, None if args.dino == "none" else args.dino, info, args.device)
+    device = choose_device(args.device)
+    encoders = load_encoders(args.clip, None if args.dino == "none" else args.dino, info, device)
     visual = encoders.clip.visual
     size = args.size or [visual.input_resolution] * 2
-    images = torch.zeros(1, 3, *size, device=args.device)  # a picture of the mean colour
+    images = torch.zeros(1, 3, *size, device=device)  # a picture of the mean colour
     blocks = visual.transformer.resblocks
     print(f"CLIP {args.clip}: {len(blocks)} blocks, {blocks[0].attn.num_heads} heads, width {visual.conv1.out_channels}, "
           f"patch {visual.conv1.kernel_size[0]}; {describe_size(encoders.clip)}")
@@ -394,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"DINOv2 {args.dino}: {len(encoders.dino.blocks)} blocks, width {encoders.dino.norm.weight.numel()}, "
               f"patch {encoders.dino.patch}, {encoders.dino.registers} registers; {describe_size(encoders.dino)}")
         print(f"  image {tuple(images.shape)} -> map {tuple(seen.dino_map.shape)}")
-    print(f"one look at one picture with all attention maps: {seconds:.3f} s on {args.device}")
+    print(f"one look at one picture with all attention maps: {seconds:.3f} s on {device}")
     return 0
 
 

@@ -174,7 +174,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 for your pictures, the toy for `shapes`")
     p.add_argument("--long-side", "--long_side", type=int, help="pixels the network sees (default: 512; with the toy 128)")
     p.add_argument("--out", default=".", metavar="DIR", help="where NAME_cam.png goes (default: here)")
-    p.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
+    p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     return p.parse_args(argv)
 
 
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     names = tuple(args.classes or world.classes)
     info = data.DatasetInfo("words", names, tuple(data.REWRITTEN.get(name, name) for name in names),
                             tuple(args.background or (word for word in world.background if word not in names)))
-    encoders = backbone.load_encoders(clip_name, None, info, args.device)
+    encoders = backbone.load_encoders(clip_name, None, info, backbone.choose_device(args.device))
     shown = [(path, list(range(len(names)))) for path in args.images]
     if not shown:
         sample = data.list_samples(world, data.find_root("shapes"), "val")[0]

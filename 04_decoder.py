@@ -60,6 +60,7 @@ class Config:
     batch_size: int = 4             # images per step, all processes together
     lr: float = 2e-3                # AdamW, of the decoder. The config says 2e-4, the script multiplies by 10
     crop_size: int = 320            # pixels
+    scale_range: tuple[float, float] = (0.5, 2.0)  # of the random scale before the crop
     eval_every: int = 2_000         # steps
     # Inference
     long_side: int = 512            # pixels, of the first scale
@@ -68,8 +69,8 @@ class Config:
 
 _PLUS = Config(method="weclip+", box_fraction=None, weigh_by_prob=True, dynamic_from=0, fuse_blocks=1,
                self_label_after=18_000, lr=2e-4, cam_input=-2, scales=(1.0, 1.5))
-_SHAPES = dict(static_maps=3, dynamic_maps=3, max_iters=600, batch_size=16, lr=2e-3, crop_size=96, eval_every=200,
-               long_side=96, cam_input=-1)
+_SHAPES = dict(static_maps=3, dynamic_maps=3, box_fraction=None, cam_input=-1, max_iters=300, batch_size=8, crop_size=96,
+               scale_range=(0.75, 1.33), eval_every=300, long_side=96, scales=(1.0, 1.25))  # towers of 5 blocks, 96 pixels
 
 CONFIGS = {
     ("weclip", "voc"): Config(),
@@ -77,8 +78,8 @@ CONFIGS = {
     ("weclip+", "voc"): _PLUS,
     ("weclip+", "coco"): replace(_PLUS, box_fraction=0.7, dynamic_maps=8, self_label_after=40_000, max_iters=80_000,
                                  batch_size=8, cam_input=-1),
-    ("weclip", "shapes"): replace(Config(), **_SHAPES, dynamic_from=200, scales=(1.0, 1.5)),
-    ("weclip+", "shapes"): replace(_PLUS, **_SHAPES, self_label_after=300),
+    ("weclip", "shapes"): replace(Config(), **_SHAPES, dynamic_from=150, lr=1e-3),
+    ("weclip+", "shapes"): replace(_PLUS, **_SHAPES, self_label_after=200, lr=1e-3),
 }
 
 
@@ -517,8 +518,8 @@ def ladder(cfg: Config, encoders, model: WeCLIP, image: torch.Tensor, labels: to
     seen = backbone.look(encoders, network, maps_needed(cfg), amp)
     prediction = model(seen.tokens, seen.grid, seen.dino_map)
     cams, refined = label_images(cfg, encoders, network, seen, prediction, pairs, size, dynamic=True)
-    raw_maps, logits = (F.interpolate(maps, size=size, mode="bilinear", align_corners=False)[0]
-                        for maps in (cams[None], prediction.logits))
+    raw_maps = F.interpolate(cams[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]  # K may be 0
+    logits = F.interpolate(prediction.logits, size=size, mode="bilinear", align_corners=False)[0]
     return {"CAM": best_label(*stack_scores(raw_maps, pairs, 1))[0],
             "refined": best_label(*stack_scores(refined.maps, pairs, 1))[0],
             "pseudo label": refined.labels[0],
@@ -578,7 +579,7 @@ def read_checkpoint(path: str | Path) -> dict:
         raise data.DataError(f"{path}: no such checkpoint; `python 05_train.py shapes` makes one in minutes") from None
     except Exception as error:  # whatever torch raises on a foreign or truncated file
         raise data.DataError(f"{path}: not a checkpoint of 05_train.py, or damaged ({error})") from error
-    missing = {"model", "config", "method", "dataset", "classes", "prompts", "background", "clip", "dino"} - set(
+    missing = {"step", "model", "config", "method", "dataset", "classes", "prompts", "background", "clip", "dino"} - set(
         checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise data.DataError(f"{path}: not a checkpoint of 05_train.py: {', '.join(sorted(missing))} missing")
@@ -613,20 +614,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--method", choices=("weclip+", "weclip"), default="weclip+", help="default: %(default)s")
     p.add_argument("--index", type=int, default=0, help="which picture of the validation split (default: %(default)s)")
-    p.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
+    p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    info = data.DATASETS["shapes"]
+    device, info = backbone.choose_device(args.device), data.DATASETS["shapes"]
     dataset = data.EvalDataset(data.list_samples(info, data.find_root("shapes"), "val"), info.num_classes)
     item = dataset[args.index]
-    encoders = backbone.load_encoders("shapes", "shapes" if args.method == "weclip+" else None, info, args.device)
+    encoders = backbone.load_encoders("shapes", "shapes" if args.method == "weclip+" else None, info, device)
     cfg = config_for(args.method, "shapes", encoders.clip, encoders.dino)
     torch.manual_seed(0)
-    model = build_model(cfg, info.num_classes, encoders.clip, encoders.dino).to(args.device).eval()
-    images, pairs = item["image"][None].to(args.device), cam.class_pairs(item["labels"][None])
+    model = build_model(cfg, info.num_classes, encoders.clip, encoders.dino).to(device).eval()
+    images, pairs = item["image"][None].to(device), cam.class_pairs(item["labels"][None])
     seen = backbone.look(encoders, images, maps_needed(cfg))
     prediction = model(seen.tokens, seen.grid, seen.dino_map)
     cams, refined = label_images(cfg, encoders, images, seen, prediction, pairs, images.shape[-2:], dynamic=False)

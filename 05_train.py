@@ -139,7 +139,7 @@ def preview_row(image: np.ndarray, item: dict, result: dict) -> list[np.ndarray]
 
 def start_processes(wanted: str | None) -> torch.device:
     """This process' device; under torchrun also the process group (nccl on CUDA, gloo elsewhere)."""
-    device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = backbone.choose_device(wanted)
     if "RANK" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -244,7 +244,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     output = Path(args.output_dir or f"runs/{info.name}-{cfg.method}{'-supervised' * args.supervised}")
     start, best = resume(args.resume, output, identity, model, optimizer) if args.resume else (0, -1.0)
 
-    train_set = data.TrainDataset(samples, info.num_classes, cfg.crop_size, args.seed, with_masks=args.supervised)
+    train_set = data.TrainDataset(samples, info.num_classes, cfg.crop_size, args.seed, args.supervised, cfg.scale_range)
     batches = data.draw_batches(start, cfg.max_iters, batch_size, rank, world)
     loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
                         persistent_workers=False)
@@ -266,7 +266,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
         f"steps {start} to {cfg.max_iters}, learning rate {cfg.lr:g} -> {output}")
 
     network = DistributedDataParallel(model) if dist.is_initialized() else model
-    amp = {"cuda": torch.float16, "cpu": torch.bfloat16}.get(device.type) if args.amp else None
+    amp = backbone.half_precision(device) if args.amp else None
 
     def save(name: str, step: int) -> None:
         if rank == 0:
@@ -299,8 +299,10 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
             pause = time.time()
             result = evaluate(cfg, encoders, model, val_set, device, info.num_classes, last, amp,
                               output / "preview" / f"step_{done:06d}.png")
-            say_scores(say, result, info, f"step {done}, {len(val_set)} images of val", per_class=last)
             if rank == 0:
+                say(f"mIoU at step {done}: " + "   ".join(f"{r} {100 * s['miou']:.1f}" for r, s in result.items()))
+                if last:
+                    data.print_scores(result, info, f"{len(val_set)} images of val")
                 score_log.write(step=done, **{rung: f"{100 * result[rung]['miou']:.2f}" for rung in result})
             if result["segmentation"]["miou"] > best:
                 best = result["segmentation"]["miou"]
@@ -331,15 +333,6 @@ def resume(wanted: str, output: Path, identity: dict, model: nn.Module, optimize
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return checkpoint["step"], checkpoint["best"]
-
-
-def say_scores(say, result: dict, info, title: str, per_class: bool) -> None:
-    """Print the ladder, mIoU in percent; `per_class`: with a table of IoU."""
-    say(f"mIoU, {title}:  " + "   ".join(f"{rung} {100 * score['miou']:.1f}" for rung, score in result.items()))
-    if per_class:
-        say(f"{'IoU':>16}  " + "  ".join(f"{rung:>12}" for rung in result))
-        for number, name in enumerate(("background", *info.classes)):
-            say(f"{name:>16}  " + "  ".join(f"{100 * score['iou'][number]:12.1f}" for score in result.values()))
 
 
 class StopRequest:

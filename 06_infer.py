@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # our folder, wherever we are started from
 data = import_module("01_data")
+backbone = import_module("02_backbone")
 decoder = import_module("04_decoder")
 
 CAM_RUNGS = ("CAM", "refined", "pseudo label")  # of 04_decoder.ladder: those that need image-level labels
@@ -278,7 +279,7 @@ def segment_split(run: tuple, args: argparse.Namespace, checkpoint: dict) -> int
     if matrices:
         names = ("background", *info.classes)
         result = {rung: data.scores(matrix) for rung, matrix in matrices.items()}
-        print_scores(result, names, f"{args.split} of {info.name}, {len(done)} images, {describe(args, cfg)}")
+        data.print_scores(result, info, f"{args.split} of {info.name}, {len(done)} images, {describe(args, cfg)}")
         for score in result.values():
             score["iou"] = {name: None if np.isnan(iou) else iou for name, iou in zip(names, score["iou"])}
         trained = {key: checkpoint.get(key) for key in ("step", "supervised", "seed", "clip", "dino", "config")}
@@ -297,15 +298,6 @@ def describe(args: argparse.Namespace, cfg) -> str:
     """How the prediction is made, in words."""
     return (f"long side {cfg.long_side} x {', '.join(f'{scale:g}' for scale in args.scales)}, "
             f"{'with' if args.flip else 'no'} mirror, {'with' if args.crf else 'no'} CRF")
-
-
-def print_scores(result: dict[str, dict], names: tuple[str, ...], title: str) -> None:
-    """A line per class, a column per rung. A class that is in neither masks nor predictions has nan."""
-    width = max(map(len, names))
-    print(f"\nIoU in percent, {title}\n{'':{width}}  " + "  ".join(result))
-    rows = [(name, [score["iou"][number] for score in result.values()]) for number, name in enumerate(names)]
-    for name, values in rows + [("mIoU", [score["miou"] for score in result.values()])]:
-        print(f"{name:{width}}  " + "  ".join(f"{100 * value:{len(rung)}.1f}" for rung, value in zip(result, values)))
 
 
 def write_submission(path: str, folder: Path, names: list[str]) -> None:
@@ -369,8 +361,8 @@ def main(argv: list[str] | None = None) -> int:
                              "(python 03_cam.py PICTURE --classes ... takes them from you)")
     if args.crf:
         crf_package()  # missing? say so now and not after the first picture
-    args.device = choose_device(args.device)
-    args.amp = {"cuda": torch.float16, "cpu": torch.bfloat16}.get(args.device.type) if args.amp else None
+    args.device = backbone.choose_device(args.device)
+    args.amp = backbone.half_precision(args.device) if args.amp else None
     checkpoint = decoder.read_checkpoint(args.checkpoint)
     if args.submit and checkpoint["dataset"] != "voc":
         raise data.DataError(f"{args.checkpoint}: trained on {checkpoint['dataset']}; --submit is for VOC's server")
@@ -383,17 +375,6 @@ def main(argv: list[str] | None = None) -> int:
     if failed:
         complain(f"{failed} pictures could not be used (see above), the others are done")
     return int(failed > 0)
-
-
-def choose_device(wanted: str | None) -> torch.device:
-    """The device asked for, else the GPU if there is one. Raises data.DataError where it cannot be used."""
-    try:
-        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of these
-        reason = str(error).splitlines()[0]
-        raise data.DataError(f"--device {wanted}: {reason}; wanted cpu, or cuda or mps where there is one") from error
 
 
 if __name__ == "__main__":

@@ -500,6 +500,8 @@ def test_an_overlay_leaves_the_background_and_names_the_classes_below():
     assert named.shape[1] == 200 and named.shape[0] == 30 + 20
     np.testing.assert_array_equal(named[:30], plain)
     assert (named[30:] == data.colormap()[2]).all(-1).any()
+    np.testing.assert_array_equal(data.overlay(image, mask, ("owl", "dog", "fox")), named)  # only class 2 is seen
+    assert (data.overlay(image, mask, ("cat", "fox", "cow")) != named).any()
 
 
 def test_a_contact_sheet_takes_pictures_of_any_shape():

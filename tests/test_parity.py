@@ -476,7 +476,7 @@ def test_an_empty_half_of_the_segmentation_loss_is_nan_there_and_zero_here(missi
 
 def main():
     """A Markdown table: the largest relative error of each stage in each file; the fraction that differs for labels."""
-    print("| quantity |", " | ".join(CASES), "|\n|---" * (1 + len(CASES)) + "|")
+    print("| stage |", " | ".join(CASES), "|\n" + "|---" * (1 + len(CASES)) + "|")
     for stage in STAGES:
         cells = []
         for name in CASES:
