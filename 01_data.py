@@ -487,7 +487,7 @@ def crop(image: np.ndarray, size: int, top: int, left: int, fill: int = 0) -> np
 
 def augment(image: np.ndarray, mask: np.ndarray | None, size: int, rng: np.random.Generator,
             scales: tuple[float, float] = (0.5, 2.0)) -> tuple[np.ndarray, np.ndarray | None]:
-    """One random view: scale from the range `scales`, mirror image with p = 0.5, crop of size x size on black; no colour jitter.
+    """One random view: scale from the range `scales`, mirrored with p = 0.5, a crop of size x size on black; no jitter.
 
     -> image (size, size, 3) uint8, mask (size, size) uint8 with 255 where there is no image, or None
     The canvas is black before normalisation, so padding ends up at -mean / std. The image-level label stays that of the

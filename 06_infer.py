@@ -192,8 +192,8 @@ def segment_all(run: tuple, samples: list, args: argparse.Namespace, scored: boo
 
     With --crf, results come some pictures late: while the workers are at these, the network goes on.
     """
-    pool = ProcessPoolExecutor(args.workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
-                               ) if args.crf else None  # Ctrl-C is for us, not for the workers
+    pool = ProcessPoolExecutor(args.workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL)
+                               ) if args.crf else None  # Ctrl-C ends the workers at once, without their tracebacks
     lag, waiting = 2 * args.workers if pool else 0, deque()
     bar = tqdm(samples, desc="segmenting", disable=None)
     try:

@@ -7,3 +7,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """openai-clip asks pkg_resources for torch's version, which warns; pytest resets the filter that 02_backbone sets."""
+    config.addinivalue_line("filterwarnings", "ignore:pkg_resources is deprecated")

@@ -290,7 +290,7 @@ def test_shapes_lies_on_disk_like_a_folder_of_ones_own(tmp_path):
 
 def test_shapes_is_what_the_table_says():
     """The table names the classes and grounds that are drawn, in the order of the masks' values."""
-    assert data.SHAPES_CLASSES == tuple(data.FIGURES) and data.SHAPES_BACKGROUND == tuple(data.BACKGROUNDS)
+    assert data.SHAPES_CLASSES == tuple(data.FIGURES) and data.SHAPES_BACKGROUND == tuple(data.GROUNDS)
 
 
 def test_shapes_is_not_drawn_into_the_folder_of_something_else(voc):

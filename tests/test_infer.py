@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
@@ -28,7 +28,8 @@ infer = import_module("06_infer")
 
 TINY = dict(width=128, layers=4, patch=8, resolution=32, text_width=64, text_layers=1, embed=32)
 CLASSES = ("ant", "bee", "cow")
-CONFIG = replace(decoder.CONFIGS["weclip+", "shapes"], long_side=48)
+CONFIG = decoder.Config(method="weclip+", static_maps=3, dynamic_maps=3, box_fraction=None, weigh_by_prob=True,
+                        fuse_blocks=1, long_side=48, scales=(1.0, 1.5))
 
 
 def write_checkpoint(folder, dataset, classes, name):

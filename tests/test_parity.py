@@ -441,7 +441,10 @@ def units():
 
 @pytest.mark.parametrize("topic", UNITS)
 def test_single_functions_of_the_released_code_give_the_same(topic):
-    """Without the chain before them, on inputs made to reach the edges: ties, holes, empty maps, absent classes."""
+    """Without the chain before them, on inputs made to reach the edges: ties, holes, empty maps, absent classes.
+
+    So no error can add up, and void pixels in the dice loss, for one, change it by 4e-5 only: 1e-5, masks and counts exact.
+    """
     arrays, ours = units()
     keys = [key for key in arrays if re.match(UNITS[topic], key) and key not in DEVIATIONS]
     assert keys
@@ -449,7 +452,7 @@ def test_single_functions_of_the_released_code_give_the_same(topic):
     for key in keys:
         want = boxes_to_mask(arrays[key], ours[key].shape) if "_boxes_" in key else arrays[key]
         e = error(key, ours[key], want)
-        if not e <= worst_allowed(key, want):
+        if not e <= (1e-5 if want.dtype.kind == "f" else 0):
             wrong[key] = e
     assert not wrong
 

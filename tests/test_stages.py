@@ -375,26 +375,14 @@ def test_box_masks_equal_a_flood_fill(grid, fraction):
     assert torch.equal(cam.box_masks(cams, fraction), boxes_slowly(cams, fraction))
 
 
-SERPENTINE = """
-#######
-......#
-.#####.
-#......
-.#####.
-......#
-#######
-"""
-STAIRS = """
-#..##..##..##
-.#.#.#.#.#.#.
-..#...#...#..
-"""
+ANGLE = ["#" * 14] + 9 * ["#............."]
+SERPENTINE = ["#######", "......#", ".#####.", "#......", ".#####.", "......#", "#######"]
 
 
-@pytest.mark.parametrize("drawing", [SERPENTINE, STAIRS])
-def test_a_winding_region_is_one_box_however_long_its_way(drawing):
-    """Regions are found by spreading along paths; the number of rounds must suffice for the longest one."""
-    cams = torch.tensor([[[0.9 if c == "#" else 0.0 for c in row] for row in drawing.split()]])
+@pytest.mark.parametrize("drawing", [ANGLE, SERPENTINE])
+def test_a_long_region_is_one_box_however_far_its_ends_are(drawing):
+    """Regions are found by spreading over neighbours; the rounds must suffice until both ends of the angle have met."""
+    cams = torch.tensor([[[0.9 if c == "#" else 0.0 for c in row] for row in drawing]])
     for turned in (cams, cams.flip(1), cams.mT, cams.flip(2).mT):
         assert torch.equal(cam.box_masks(turned, 0.4), boxes_slowly(turned, 0.4))
 

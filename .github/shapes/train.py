@@ -1,0 +1,362 @@
+"""Trains the two frozen encoders of `shapes` from scratch on a CPU: a toy CLIP in OpenAI's layout, a toy DINO in DINOv2's.
+
+In     seeds; pictures come from the toy world of 01_data, tile by tile. No mask is ever seen
+Out    clip.pt and dino.pth beside this file: float16 state dicts under the official keys
+
+    python .github/shapes/train.py --out DIR       # what made the shipped pair: about 30 minutes on 2 cores
+
+Both learn from mosaics: a picture is laid out of tiles with at most one figure each. The towers look at the whole mosaic,
+but every tile is pooled by itself, as one image with its own caption (CLIP), or as one image that has to be found again
+in another mosaic (DINO). So what a patch says must be about its surroundings, and cannot be learned by heart as a scene.
+Tiles and scenes are drawn with different seeds: the encoders have seen no picture of the data set.
+"""
+import argparse
+import copy
+import math
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import clip
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))  # the six files
+data = import_module("01_data")
+backbone = import_module("02_backbone")
+
+PATCH, GRID, WIDTH, DEPTH = 8, 12, 128, 5  # pixels; patches of a 96-pixel image; both towers; 2 heads of 64 each
+SEEDS = {"tiles": 7, "clip": 11, "dino": 21}
+CLIP_ROUNDS = ((900, 6e-3), (1000, 6e-3), (1000, 2.5e-3))  # steps and Muon's learning rate; each round warms up anew
+DINO_STEPS = 600
+TILES = 6000  # drawn once in each of two sizes
+NAMES = (*data.SHAPES_CLASSES, *data.SHAPES_BACKGROUND)  # what a tile's caption can name
+LAYOUTS = ((96, 2, 16), (128, 2, 9), (96, 1, 16), (72, 1, 28))  # pixels, tiles per side, mosaics per step
+CHANCES = torch.tensor([.5, .15, .25, .1])
+OFFSETS = [(0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1)]  # patches (down, right), head by head
+MEAN, STD = (torch.tensor(x)[:, None, None] for x in (data.IMAGE_MEAN, data.IMAGE_STD))
+
+
+class Optimizer:
+    """Muon for the matrices of the blocks, AdamW for the rest; both warm up over 20 steps and fall linearly to 0.
+
+    Muon (Jordan et al. 2024): momentum, then the step of each matrix made orthogonal by five Newton-Schulz rounds.
+    torch.optim.Muon does that in bfloat16, which takes seconds a step on a CPU without bfloat16 units.
+    """
+
+    def __init__(self, steps: int, *modules: nn.Module, muon_lr: float = 6e-3, adam_lr: float = 2e-3):
+        named = [(n, p) for m in modules for n, p in m.named_parameters() if p.requires_grad]
+        self.matrices = [p for n, p in named if p.ndim == 2 and "blocks" in n]
+        self.momenta = [torch.zeros_like(p) for p in self.matrices]
+        matrix_ids = {id(p) for p in self.matrices}
+        self.adam = torch.optim.AdamW([p for _, p in named if id(p) not in matrix_ids], weight_decay=0)
+        self.steps, self.muon_lr, self.adam_lr = steps, muon_lr, adam_lr
+
+    @torch.no_grad()
+    def step(self, step: int) -> None:
+        rate = min(1, (step + 1) / 20) * (1 - step / self.steps)
+        for p, momentum in zip(self.matrices, self.momenta, strict=True):
+            momentum.mul_(.95).add_(p.grad)
+            x = p.grad + .95 * momentum
+            x = F.normalize(x.T if x.shape[0] > x.shape[1] else x, dim=(0, 1))
+            for _ in range(5):
+                square = x @ x.T
+                x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+            p.sub_(x if x.shape == p.shape else x.T, alpha=self.muon_lr * rate * max(1, p.shape[0] / p.shape[1]) ** .5)
+            p.grad = None
+        self.adam.param_groups[0]["lr"] = self.adam_lr * rate
+        self.adam.step()
+        self.adam.zero_grad()
+
+
+def tile_pool(seed: int, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A stock of tiles: (count, 3, size, size) uint8, and what the caption of each names, (count,) index into NAMES."""
+    rng = np.random.default_rng(seed)
+    tiles, names = torch.empty(count, 3, size, size, dtype=torch.uint8), torch.empty(count, dtype=torch.long)
+    for i in range(count):
+        figure, kind = int(rng.integers(-3, len(data.SHAPES_CLASSES))), int(rng.integers(len(data.SHAPES_BACKGROUND)))  # < 0: none
+        tile = data.draw_tile(rng, size, NAMES[len(data.SHAPES_CLASSES) + kind], NAMES[figure] if figure >= 0 else None)
+        tiles[i] = torch.from_numpy(tile).permute(2, 0, 1)
+        names[i] = figure if figure >= 0 else len(data.SHAPES_CLASSES) + kind
+    return tiles, names
+
+
+def recolour(tiles: torch.Tensor, gen: torch.Generator, low: float, span: float, noise: float = 0) -> torch.Tensor:
+    """Other paper, other light: (n, 3, s, s) in 0..255 with the channels shuffled and scaled -> normalised."""
+    order = torch.stack([torch.randperm(3, generator=gen) for _ in range(len(tiles))])
+    x = tiles.gather(1, order[:, :, None, None].expand_as(tiles))
+    x = x * (low + span * torch.rand(len(x), 3, 1, 1, generator=gen))
+    if noise:
+        x = x + noise * torch.randn(x.shape, generator=gen)
+    return (x.clamp(0, 255) - MEAN) / STD
+
+
+def resize(tiles: torch.Tensor, size: int) -> torch.Tensor:
+    return F.interpolate(tiles, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def mosaics(tiles: torch.Tensor) -> torch.Tensor:
+    """(B, g*g, 3, s, s) tiles, row by row -> (B, 3, g*s, g*s)."""
+    batch, count, _, s, _ = tiles.shape
+    g = math.isqrt(count)
+    return tiles.view(batch, g, g, 3, s, s).permute(0, 3, 1, 4, 2, 5).reshape(batch, 3, g * s, g * s)
+
+
+def take_apart(maps: torch.Tensor, g: int) -> torch.Tensor:
+    """(B, D, h, w) features of mosaics -> (B, g*g, D, h/g, w/g), tile by tile."""
+    return maps.unflatten(3, (g, -1)).unflatten(2, (g, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How a tower starts: attention looks at the neighbours, filters at form
+# ----------------------------------------------------------------------------------------------------------------------
+
+def start_positions(frequencies: torch.Tensor) -> torch.Tensor:
+    """(1 + GRID*GRID, WIDTH): random Fourier features of the place; p_i . p_j falls with the distance as a Gaussian."""
+    y, x = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
+    angles = torch.stack([y, x], -1).flatten(0, 1).float() @ frequencies
+    places = torch.stack([angles.cos(), angles.sin()], -1).flatten(1)
+    return torch.cat([torch.zeros(1, WIDTH), places])  # CLS is nowhere
+
+
+def shift(frequencies: torch.Tensor, offset: tuple[int, int]) -> torch.Tensor:
+    """(WIDTH, WIDTH): turns the features of a place into those of the place `offset` patches away."""
+    angles, i = torch.tensor(offset, dtype=torch.float) @ frequencies, torch.arange(0, WIDTH, 2)
+    matrix = torch.zeros(WIDTH, WIDTH)
+    matrix[i, i], matrix[i + 1, i + 1], matrix[i, i + 1], matrix[i + 1, i] = (angles.cos(), angles.cos(),
+                                                                              -angles.sin(), angles.sin())
+    return matrix
+
+
+def start_block(index: int, frequencies: torch.Tensor, qkv: torch.Tensor, out: nn.Linear, up: nn.Linear,
+                down: nn.Linear) -> None:
+    """Random, but a head of the first blocks attends to one neighbour, in the last two to near patches that look alike.
+
+    qkv  (3 * WIDTH, WIDTH) weight of the block at `index`, changed in place, as are its three linear layers
+    """
+    nn.init.normal_(qkv, std=WIDTH ** -.5)
+    qkv[:2 * WIDTH] *= .3
+    local = index < DEPTH - 2
+    qkv[WIDTH:2 * WIDTH] += torch.eye(WIDTH) * (1 if local else .7)
+    for head in range(WIDTH // 64):
+        rows = slice(64 * head, 64 * head + 64)
+        offset = OFFSETS[(index * WIDTH // 64 + head) % len(OFFSETS)]
+        qkv[rows] += shift(frequencies, offset)[rows] if local else .7 * torch.eye(WIDTH)[rows]
+    nn.init.normal_(out.weight, std=WIDTH ** -.5 * (2 * DEPTH) ** -.5)
+    nn.init.normal_(up.weight, std=(2 * WIDTH) ** -.5)
+    nn.init.normal_(down.weight, std=WIDTH ** -.5 * (2 * DEPTH) ** -.5)
+    for layer in (out, up, down):
+        nn.init.zeros_(layer.bias)
+
+
+def start_filters(weight: torch.Tensor) -> None:
+    """Smooth, grey, blind to the mean: form before colour. From white noise nothing is learned for hundreds of steps."""
+    filters = F.interpolate(torch.randn(WIDTH, 1, 4, 4), size=PATCH, mode="bicubic")
+    filters = filters - filters.mean((2, 3), keepdim=True)
+    weight.copy_(1.2 * (filters / filters.norm(dim=(2, 3), keepdim=True)).expand(-1, 3, -1, -1) / 3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CLIP
+# ----------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def new_clip(seed: int, text_width: int = 64, embed: int = 64) -> nn.Module:
+    """OpenAI's module, 1.2 million parameters in the image tower; two blocks and one head read the text."""
+    torch.manual_seed(seed)
+    model = clip.model.CLIP(embed, GRID * PATCH, DEPTH, WIDTH, PATCH, 77, 49408, text_width, text_width // 64, 2)
+    nn.init.normal_(model.token_embedding.weight, std=.2)  # OpenAI's 0.02 makes all captions one at the start
+    model.token_embedding.requires_grad_(False)
+    visual, gen = model.visual, torch.Generator().manual_seed(seed)
+    frequencies = torch.randn(2, WIDTH // 2, generator=gen) / 1.5  # a Gaussian of 1.5 patches
+    visual.positional_embedding.copy_(start_positions(frequencies))
+    for i, block in enumerate(visual.transformer.resblocks):
+        start_block(i, frequencies, block.attn.in_proj_weight, block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj)
+        nn.init.zeros_(block.attn.in_proj_bias)
+    start_filters(visual.conv1.weight)
+    model.logit_scale.fill_(math.log(10))
+    return model
+
+
+def clip_patches(model: nn.Module, images: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+    """Patch tokens after ln_post as a map, (B, D, h, w).
+
+    dropped  (B,) bool: the last block works without its shortcut. Grad-CAM sees that block through its attention only,
+             so what the classes differ in has to pass there
+    """
+    visual = model.visual
+    x = visual.conv1(images)
+    grid = x.shape[-2:]
+    position = backbone.clip_position_embedding(visual.positional_embedding, grid)
+    x = visual.ln_pre(torch.cat([visual.class_embedding.expand(len(x), 1, -1), x.flatten(2).mT], dim=1) + position)
+    *blocks, last = visual.transformer.resblocks
+    for block in (*blocks, last):
+        attended, _ = backbone.attend(block.attn, block.ln_1(x), with_map=False)
+        x = attended + (x * ~dropped[:, None, None] if block is last else x)
+        x = x + block.mlp(block.ln_2(x))
+    return visual.ln_post(x)[:, 1:].mT.unflatten(2, grid)
+
+
+def clip_step(model: nn.Module, captions: torch.Tensor, pools: dict, gen: torch.Generator) -> tuple[torch.Tensor, float]:
+    """One batch of mosaics -> its loss, and the share of tiles whose caption is found."""
+    size, g, batch = LAYOUTS[int(torch.multinomial(CHANCES, 1, generator=gen))]
+    tiles, names = pools[g]
+    pick = torch.randint(len(tiles), (batch, g * g), generator=gen)
+    x, wanted = tiles[pick.flatten()].float(), names[pick]
+    x = torch.where(torch.rand(len(x), generator=gen)[:, None, None, None] < .5, x.flip(-1), x)
+    x = recolour(resize(x, size // g), gen, .8, .4).unflatten(0, (batch, g * g))
+    patches = clip_patches(model, mosaics(x), dropped=torch.rand(batch, generator=gen) < .5)
+    embedded = take_apart(patches, g).mean((3, 4)) @ model.visual.proj  # (B, g*g, E)
+    text = model.logit_scale.exp() * F.normalize(model.encode_text(captions), dim=-1)
+    logits = F.normalize(embedded, dim=-1) @ text.T
+    whole = F.normalize(embedded.mean(dim=1), dim=-1) @ text.T
+    loss = (F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+            + .5 * F.cross_entropy(whole, F.one_hot(wanted, len(NAMES)).float().mean(dim=1)))
+    return loss, (logits.argmax(dim=-1) == wanted).float().mean().item()
+
+
+def train_clip(seed: int, rounds: tuple[tuple[int, float], ...], pools: dict) -> nn.Module:
+    """Contrast of pictures with all captions of the world. Pooling is the patch mean, which is what the CAM explains.
+
+    Each tile has one right caption; a whole mosaic has those of all its tiles, each equally right. The second makes an
+    image with several figures believe in all of them: otherwise the CAM of the weaker one lights up the ground.
+    """
+    model = new_clip(seed).train()
+    captions = clip.tokenize([data.TEMPLATE.format(name) for name in NAMES])
+    for number, (steps, muon_lr) in enumerate(rounds):
+        gen = torch.Generator().manual_seed(seed + 1 + number)
+        optimizer, start, right = Optimizer(steps, model, muon_lr=muon_lr), time.time(), 0.
+        for step in range(steps):
+            loss, hits = clip_step(model, captions, pools, gen)
+            loss.backward()
+            optimizer.step(step)
+            right = .95 * right + .05 * hits
+            if step % 50 == 49:
+                print(f"CLIP round {number + 1}, step {step + 1}/{steps}  loss {loss.item():.2f}  "
+                      f"right captions {right:.0%}  {time.time() - start:.0f} s", flush=True)
+    return model.eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DINO
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Head(nn.Module):
+    """Which of `count` codes is this feature? Cosines with learned prototypes, (..., WIDTH) -> (..., count)."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, 64))
+        self.codes = nn.Parameter(torch.randn(count, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.mlp(x), dim=-1) @ F.normalize(self.codes, dim=-1).T
+
+
+@torch.no_grad()
+def new_dino(seed: int) -> nn.Module:
+    """DINOv2's module, 1 million parameters."""
+    torch.manual_seed(seed)
+    model, gen = backbone.DINOv2(WIDTH, DEPTH, WIDTH // 64, PATCH, GRID), torch.Generator().manual_seed(seed)
+    frequencies = torch.randn(2, WIDTH // 2, generator=gen) / 1.5
+    model.pos_embed.copy_(start_positions(frequencies)[None])
+    model.mask_token.normal_(std=.5)
+    start_filters(model.patch_embed["proj"].weight)
+    nn.init.zeros_(model.patch_embed["proj"].bias)
+    for i, block in enumerate(model.blocks):
+        start_block(i, frequencies, block.attn.qkv.weight, block.attn.proj, block.mlp["fc1"], block.mlp["fc2"])
+        nn.init.zeros_(block.attn.qkv.bias)
+    return model
+
+
+def sinkhorn(scores: torch.Tensor, temperature: float = .04) -> torch.Tensor:
+    """The teacher's codes, sharpened, each used equally often (Sinkhorn-Knopp, as in DINOv2): (n, K) -> (n, K)."""
+    codes = ((scores - scores.max()) / temperature).exp()
+    for _ in range(3):
+        codes = codes / codes.sum(dim=0, keepdim=True)
+        codes = codes / codes.sum(dim=1, keepdim=True)
+    return codes
+
+
+def train_dino(seed: int, steps: int, pools: dict, batch: int = 12) -> nn.Module:
+    """DINOv2's two tasks in miniature: a student names the codes that its own moving average sees in another view.
+
+    Views are two mosaics of the same tiles, in other places, other colours, one of them mirrored. Patches: the code of
+    the same patch of the same tile; 30 % of the student's are hidden behind the mask token (iBOT). Tiles: the code of
+    the pooled tile (DINO).
+    """
+    student, gen = new_dino(seed), torch.Generator().manual_seed(seed + 1)
+    heads = nn.ModuleDict({"patch": Head(128), "tile": Head(32)})
+    teacher, teacher_heads = copy.deepcopy((student, heads))
+    teacher.requires_grad_(False), teacher_heads.requires_grad_(False)
+    optimizer, start = Optimizer(steps, student, heads), time.time()
+
+    def tile_features(maps: torch.Tensor, order: torch.Tensor, g: int) -> torch.Tensor:
+        """(B, D, h, w) -> (B, g*g, D, s, s), tiles back in the order before they were laid out."""
+        return take_apart(maps, g)[torch.arange(batch)[:, None], order.argsort(dim=1)]
+
+    def both(features: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"patch": features.flatten(3).mT.flatten(0, 2), "tile": features.mean((3, 4)).flatten(0, 1)}
+
+    for step in range(steps):
+        g = 1 if step % 4 == 3 else 2
+        tiles = pools[g][0]
+        raw = resize(tiles[torch.randint(len(tiles), (batch * g * g,), generator=gen)].float(), GRID * PATCH // g)
+        views, orders = [], []
+        for x in (raw, raw.flip(-1)):
+            order = torch.rand(batch, g * g, generator=gen).argsort(dim=1)
+            x = recolour(x, gen, .6, .7, noise=8).unflatten(0, (batch, g * g))
+            views.append(mosaics(x[torch.arange(batch)[:, None], order]))
+            orders.append(order)
+        with torch.no_grad():
+            seen = both(tile_features(teacher(views[1]), orders[1], g).flip(-1))
+            targets = {task: sinkhorn(teacher_heads[task](x)) for task, x in seen.items()}
+        patches = student.patch_embed["proj"](views[0])
+        hidden = torch.rand(batch, 1, GRID, GRID, generator=gen) < .3
+        patches = torch.where(hidden, student.mask_token[..., None, None], patches)
+        tokens = student.tokens(patches.flatten(2).mT, (GRID, GRID))[:, 1:].mT.unflatten(2, (GRID, GRID))
+        guesses = {task: heads[task](x) / .1 for task, x in both(tile_features(tokens, orders[0], g)).items()}
+        loss = sum(F.cross_entropy(guesses[task], targets[task]) for task in heads)
+        loss.backward()
+        optimizer.step(step)
+        with torch.no_grad():
+            for slow, fast in zip((*teacher.parameters(), *teacher_heads.parameters()),
+                                  (*student.parameters(), *heads.parameters()), strict=True):
+                slow.lerp_(fast, max(.01, 1 / (step + 2)))
+        if step % 50 == 49:
+            same = {task: (guesses[task].argmax(1) == targets[task].argmax(1)).float().mean().item() for task in heads}
+            print(f"DINO step {step + 1}/{steps}  loss {loss.item():.2f}  same code: patches {same['patch']:.0%}, "
+                  f"tiles {same['tile']:.0%}  {time.time() - start:.0f} s", flush=True)
+    return teacher.eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The files
+# ----------------------------------------------------------------------------------------------------------------------
+
+def save_pair(clip_model: nn.Module, dino: nn.Module, out_dir: Path) -> None:
+    """float16. Of the token embedding's 49408 rows only those of this world's words are kept; 02_backbone puts them back."""
+    state = {key: value.half() for key, value in clip_model.state_dict().items()}
+    words = clip.tokenize([data.TEMPLATE.format(name) for name in NAMES]).unique().long()
+    state["token_embedding.words"] = words
+    state["token_embedding.rows"] = state.pop("token_embedding.weight")[words].clone()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    torch.save(state, out_dir / "clip.pt")
+    torch.save({key: value.half() for key, value in dino.state_dict().items()}, out_dir / "dino.pth")
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=HERE, help="folder for clip.pt and dino.pth (default: beside this file)")
+    args = p.parse_args(argv)
+    torch.set_num_threads(1)  # the order of sums, and with it the weights, depends on the number of threads
+    pools = {g: tile_pool(SEEDS["tiles"] + g, TILES, GRID * PATCH // g) for g in (1, 2)}  # tiles per side -> stock
+    save_pair(train_clip(SEEDS["clip"], CLIP_ROUNDS, pools), train_dino(SEEDS["dino"], DINO_STEPS, pools), args.out)
+
+
+if __name__ == "__main__":
+    main()
