@@ -232,6 +232,8 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     cfg = decoder.config_for(args.method, info.name, encoders.clip, encoders.dino)
     chosen = {key: getattr(args, key) for key in ("lr", "max_iters", "eval_every", "crop_size", "long_side", "dynamic_from")}
     cfg = replace(cfg, **{key: value for key, value in chosen.items() if value is not None})
+    if args.supervised:
+        cfg = replace(cfg, self_label_after=None)  # nothing is surer than a true mask
     batch_size = args.batch_size or max(1, cfg.batch_size // world)
     cfg = replace(cfg, batch_size=batch_size * world)
 

@@ -443,7 +443,7 @@ def units():
 def test_single_functions_of_the_released_code_give_the_same(topic):
     """Without the chain before them, on inputs made to reach the edges: ties, holes, empty maps, absent classes.
 
-    So no error can add up, and void pixels in the dice loss, for one, change it by 4e-5 only: 1e-5, masks and counts exact.
+    No error can add up, and void pixels in the dice loss, for one, change it by 4e-5 only: so 1e-5, and masks exact.
     """
     arrays, ours = units()
     keys = [key for key in arrays if re.match(UNITS[topic], key) and key not in DEVIATIONS]
