@@ -25,10 +25,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image
-from tqdm import tqdm
+if __name__ == "__mp_main__":  # a worker of the CRF, started by this file: Ctrl-C ends it at once, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # our folder, wherever we are started from
 data = import_module("01_data")
@@ -37,7 +40,7 @@ decoder = import_module("04_decoder")
 
 CAM_RUNGS = ("CAM", "refined", "pseudo label")  # of 04_decoder.ladder: those that need image-level labels
 SINGLE = "single scale"                         # the first scale without its mirror, as in the released scores
-CRF_FLOOR = 0.01                                # a class nowhere more probable than this takes no part in the CRF
+CRF_FLOOR = 0.01                                # a class nowhere more probable takes no part: see likely_classes
 OVERLAY_SIDE = 1024                             # pixels: overlays are to be looked at, a photo's are made smaller
 PRINT_EVERY = 50                                # images, where there is no terminal for a bar
 VOC_FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
@@ -79,6 +82,8 @@ def likely_classes(logits: torch.Tensor, floor: float = CRF_FLOOR) -> tuple[np.n
     logits  (C, H, W)
     ->      ids (K,) uint8 of the classes that are more probable than `floor` somewhere, or the best one somewhere;
             their probabilities (K, H, W) float32, not renormalised: the CRF asks for their ratios only
+    Measured on VOC pictures with made-up logits (truth plus noise), all classes against those kept: with 21 classes 7 are
+    kept, 1 pixel in 800 000 changes, 6.1 -> 3.5 s; with 81 classes 15 are kept, none changes, 23 -> 5 s (busy CPU).
     """
     probs = logits.softmax(dim=0)
     keep = probs.amax(dim=(1, 2)) > floor
@@ -192,8 +197,7 @@ def segment_all(run: tuple, samples: list, args: argparse.Namespace, scored: boo
 
     With --crf, results come some pictures late: while the workers are at these, the network goes on.
     """
-    pool = ProcessPoolExecutor(args.workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL)
-                               ) if args.crf else None  # Ctrl-C ends the workers at once, without their tracebacks
+    pool = ProcessPoolExecutor(args.workers, get_context("spawn")) if args.crf else None
     lag, waiting = 2 * args.workers if pool else 0, deque()
     bar = tqdm(samples, desc="segmenting", disable=None)
     try:
