@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -218,7 +219,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     stop  asked after each step: `stop.requested` makes the run save and return
     """
     rank, world = rank_and_world()
-    say = print if rank == 0 else lambda *_: None
+    say = partial(print, flush=True) if rank == 0 else lambda *_: None
     torch.manual_seed(args.seed)
 
     # What is seen, and by whom
@@ -248,8 +249,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
 
     train_set = data.TrainDataset(samples, info.num_classes, cfg.crop_size, args.seed, args.supervised, cfg.scale_range)
     batches = data.draw_batches(start, cfg.max_iters, batch_size, rank, world)
-    loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda",
-                        persistent_workers=False)
+    loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda")
     val_samples = [sample for sample in data.list_samples(info, root, "val") if sample.mask and sample.labels]
     val_set = data.EvalDataset(val_samples, info.num_classes) if val_samples else None
 
