@@ -301,15 +301,15 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
             pause = time.time()
             result = evaluate(cfg, encoders, model, val_set, device, info.num_classes, last, amp,
                               output / "preview" / f"step_{done:06d}.png")
+            if result["segmentation"]["miou"] > best:
+                best = result["segmentation"]["miou"]
+                save("best.pt", done)
+            save("last.pt", done)
             if rank == 0:
                 say(f"mIoU at step {done}: " + "   ".join(f"{r} {100 * s['miou']:.1f}" for r, s in result.items()))
                 if last:
                     data.print_scores(result, info, f"{len(val_set)} images of val")
                 score_log.write(step=done, **{rung: f"{100 * result[rung]['miou']:.2f}" for rung in result})
-            if result["segmentation"]["miou"] > best:
-                best = result["segmentation"]["miou"]
-                save("best.pt", done)
-            save("last.pt", done)
             clock += time.time() - pause
         elif last or done % SAVE_EVERY == 0 or stop.requested:
             save("last.pt", done)
