@@ -3,7 +3,9 @@
 In     seeds; pictures come from the toy world of 01_data, tile by tile. No mask is ever seen
 Out    clip.pt and dino.pth beside this file: float16 state dicts under the official keys
 
-    python .github/shapes/train.py --out DIR       # what made the shipped pair: about 30 minutes on 2 cores
+    python .github/shapes/train.py --out DIR       # about 30 minutes
+
+The shipped pair was made by these steps, seeds and numbers, run round by round; the script in one piece was not run since.
 
 Both learn from mosaics: a picture is laid out of tiles with at most one figure each. The towers look at the whole mosaic,
 but every tile is pooled by itself, as one image with its own caption (CLIP), or as one image that has to be found again
