@@ -5,8 +5,8 @@ Out    `text_features`, `clip_features` (tokens and attention maps of every bloc
 Paper  WeCLIP (CVPR 2024), frozen CLIP encoder; WeCLIP+ (TPAMI 2025), frozen DINO encoder. Nothing in this file is ever
        trained by the method: it is read once, and every later file asks it for tokens.
 
-    python 02_backbone.py                                          # the toy pair of `shapes`: towers, shapes, memory
-    python 02_backbone.py --clip ViT-B/16 --dino dinov2_vits14     # the pair of the papers (downloaded, hash checked)
+    python 02_backbone.py                           # the toy pair of `shapes` looks at a picture of its world
+    python 02_backbone.py cat.jpg --patch 7 9       # the pair of the papers (downloaded, hash checked) looks at yours
 
 Letters: B images, T = 1 + N tokens (CLS first), N = h * w patches, D width, L blocks, E joint embedding width.
 """
@@ -24,8 +24,10 @@ from typing import NamedTuple
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # clip still asks it for torch's version
 import clip  # noqa: E402
 import clip.model  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # our folder, wherever we are started from
@@ -376,42 +378,90 @@ def look(encoders: Encoders, images: torch.Tensor, num_maps: int = 1, amp: torch
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# This file run alone: the towers and what comes out of them
+# This file run alone: the towers, and a picture of what they see
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def glow(image: np.ndarray, heat: torch.Tensor) -> np.ndarray:
+    """Where is it hot? (H, W, 3) uint8 and (h, w) >= 0 -> (H, W, 3) uint8: the picture dark, the largest value yellow."""
+    strength = F.interpolate((heat / heat.max().clamp(min=1e-12))[None, None], size=image.shape[:2], mode="nearest")[0, 0]
+    strength = strength.cpu().numpy()[..., None]
+    return (image * .35 * (1 - strength) + np.array([255, 220, 60]) * strength).astype(np.uint8)
+
+
+def principal_colours(features: torch.Tensor) -> np.ndarray:
+    """What looks alike to a tower has one colour: (D, h, w) -> (h, w, 3) uint8, the three main axes as red, green, blue."""
+    flat = features.flatten(1).mT
+    centred = flat - flat.mean(dim=0)
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:3]
+    places = centred @ axes.mT  # (N, 3)
+    low, high = places.quantile(.02, dim=0), places.quantile(.98, dim=0)
+    colours = ((places - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return (255 * colours).byte().view(*features.shape[1:], -1).cpu().numpy()
+
+
+def draw_look(image: np.ndarray, seen: Seen, patch: tuple[int, int]) -> Image.Image:
+    """One picture, the attention of one of its patches in each block but the last, and PCAs of the last features."""
+    row, column = patch
+    here = torch.zeros(seen.grid)
+    here[row, column] = 1
+    attention = seen.maps[0, :, 1 + row * seen.grid[1] + column, 1:].unflatten(1, seen.grid)
+    towers = {"CLIP": seen.tokens[-1][0, 1:].mT.unflatten(1, seen.grid)}
+    if seen.dino_map is not None:
+        towers["DINO"] = seen.dino_map[0]
+    side = (image.shape[1], image.shape[0])
+    maps = [np.asarray(Image.fromarray(principal_colours(x)).resize(side, Image.Resampling.NEAREST)) for x in towers.values()]
+    pictures = [image, glow(image, here), *maps, *(glow(image, x) for x in attention)]
+    captions = ["image", f"patch {row} {column} looks at:", *(f"PCA of {name}" for name in towers),
+                *(f"attention, block {number}" for number in range(1, 1 + len(attention)))]
+    return data.contact_sheet(pictures, captions, columns=4)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--clip", default="shapes", help="OpenAI's name, a file, or shapes (default: %(default)s)")
-    p.add_argument("--dino", default="shapes", help="Meta's name, a file, shapes, or none (default: %(default)s)")
-    p.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: what CLIP was trained on)")
+    p.add_argument("image", nargs="?", help="a picture (default: one of `shapes`, seen by the toy pair)")
+    p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 for your picture, the toy for `shapes`")
+    p.add_argument("--dino", metavar="NAME|FILE", help="or none; default: dinov2_vits14 for your picture, the toy for `shapes`")
+    p.add_argument("--patch", type=int, nargs=2, metavar=("ROW", "COL"), help="whose attention is drawn (default: the middle)")
+    p.add_argument("--long-side", "--long_side", type=int, default=320, help="pixels your picture is seen at (default: %(default)s)")
+    p.add_argument("--out", default=".", metavar="DIR", help="where NAME_look.png goes (default: here)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    info = data.DATASETS["shapes" if args.clip == "shapes" else "voc"]
-    device = choose_device(args.device)
-    encoders = load_encoders(args.clip, None if args.dino == "none" else args.dino, info, device)
-    visual = encoders.clip.visual
-    size = args.size or [visual.input_resolution] * 2
-    images = torch.zeros(1, 3, *size, device=device)  # a picture of the mean colour
-    blocks = visual.transformer.resblocks
-    print(f"CLIP {args.clip}: {len(blocks)} blocks, {blocks[0].attn.num_heads} heads, width {visual.conv1.out_channels}, "
-          f"patch {visual.conv1.kernel_size[0]}; {describe_size(encoders.clip)}")
+    device, toy = choose_device(args.device), args.image is None
+    clip_name, dino_name = args.clip or ("shapes" if toy else "ViT-B/16"), args.dino or ("shapes" if toy else "dinov2_vits14")
+    info = data.DATASETS["shapes" if toy or clip_name == "shapes" else "voc"]
+    encoders = load_encoders(clip_name, None if dino_name == "none" else dino_name, info, device)
+    image, name = (data.scene(0, 1000)[0], "shapes") if toy else (data.load_image(args.image, as_displayed=True), Path(args.image).stem)
+    if not toy:
+        image = data.rescale(image, args.long_side / max(image.shape[:2]))
+    images, blocks = data.normalize(image)[None].to(device), encoders.clip.visual.transformer.resblocks
+    start = time.perf_counter()
+    with torch.no_grad():
+        seen = look(encoders, images, len(blocks))
+    seconds = time.perf_counter() - start
+    patch = tuple(args.patch or (length // 2 for length in seen.grid))
+    if not all(0 <= place < length for place, length in zip(patch, seen.grid)):
+        raise data.DataError(f"--patch {patch[0]} {patch[1]} is outside; the picture has {seen.grid[0]} x {seen.grid[1]} patches")
+
+    print(f"CLIP {clip_name}: {len(blocks)} blocks, {blocks[0].attn.num_heads} heads, width {seen.tokens[0].shape[-1]}, "
+          f"patch {encoders.clip.visual.conv1.kernel_size[0]}; {describe_size(encoders.clip)}")
     print(f"  text: {len(info.classes)} classes {tuple(encoders.text_fg.shape)}, "
           f"{len(info.background)} background words {tuple(encoders.text_bg.shape)}")
-    start = time.perf_counter()
-    seen = look(encoders, images, len(blocks))
-    seconds = time.perf_counter() - start
     print(f"  image {tuple(images.shape)} -> {len(seen.tokens)} x tokens {tuple(seen.tokens[0].shape)}, "
           f"maps {tuple(seen.maps.shape)}, grid {seen.grid}")
     if encoders.dino is not None:
-        print(f"DINOv2 {args.dino}: {len(encoders.dino.blocks)} blocks, width {encoders.dino.norm.weight.numel()}, "
+        print(f"DINOv2 {dino_name}: {len(encoders.dino.blocks)} blocks, width {encoders.dino.norm.weight.numel()}, "
               f"patch {encoders.dino.patch}, {encoders.dino.registers} registers; {describe_size(encoders.dino)}")
         print(f"  image {tuple(images.shape)} -> map {tuple(seen.dino_map.shape)}")
     print(f"one look at one picture with all attention maps: {seconds:.3f} s on {device}")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    target = Path(args.out) / f"{name}_look.png"
+    draw_look(image, seen, patch).save(target)
+    print(target)
     return 0
 
 

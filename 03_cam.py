@@ -166,6 +166,13 @@ def cams_of_picture(encoders, image: np.ndarray, class_ids: list[int], long_side
     return cams.cpu().numpy(), probs[0, pairs[:, 1].to(probs.device)].cpu().numpy()
 
 
+def info_of_words(world: data.DatasetInfo, classes: list[str] | None, background: list[str] | None) -> data.DatasetInfo:
+    """A data set of any words, None: those of `world`. What is named as a class is no background word."""
+    names = tuple(classes or world.classes)
+    return data.DatasetInfo("words", names, tuple(data.REWRITTEN.get(name, name) for name in names),
+                            tuple(background or (word for word in world.background if word not in names)))
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("images", nargs="*", help="pictures (default: one of `shapes`)")
@@ -183,11 +190,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.images and not args.classes:
         raise data.DataError("which words shall light up? Name what the pictures show: --classes cat sofa")
     clip_name = args.clip or ("ViT-B/16" if args.images else "shapes")
-    world = data.DATASETS["shapes" if clip_name == "shapes" else "voc"]
-    names = tuple(args.classes or world.classes)
-    info = data.DatasetInfo("words", names, tuple(data.REWRITTEN.get(name, name) for name in names),
-                            tuple(args.background or (word for word in world.background if word not in names)))
+    world = data.DATASETS["shapes" if not args.images or clip_name == "shapes" else "voc"]
+    info = info_of_words(world, args.classes, args.background)
     encoders = backbone.load_encoders(clip_name, None, info, backbone.choose_device(args.device))
+    names = info.classes
     shown = [(path, list(range(len(names)))) for path in args.images]
     if not shown:
         sample = data.list_samples(world, data.find_root("shapes"), "val")[0]

@@ -6,7 +6,8 @@ Out    `refine` (CAM -> affinity -> PAR -> pseudo label), `WeCLIP` and `WeCLIPPl
 Paper  WeCLIP, CVPR 2024: decoder, refinement module (RFM), losses. WeCLIP+, TPAMI 2025: DINO branch, RFM+, self-labels.
        PAR and the affinity loss are AFA's (CVPR 2022), the static affinity is CLIP-ES's (CVPR 2023).
 
-    python 04_decoder.py        # one picture of `shapes` through every stage: shapes, parameters, score of each step
+    python 04_decoder.py                                 # a picture of `shapes` through every stage, and the score of each
+    python 04_decoder.py cat.jpg --classes cat sofa      # yours, from words alone: no training, no masks
 
 Letters: B images, P (image, class) pairs, C classes with background, H, W pixels, N = h * w patches, T = 1 + N tokens,
 D width of CLIP, M attention maps. Class 0 is the background; foreground class c of 03_cam is c + 1 in a label.
@@ -19,9 +20,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed.nn.functional
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # our folder, wherever we are started from
@@ -610,45 +613,87 @@ def restore(checkpoint: dict, path: str | Path, clip_name: str | None, dino_name
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def draw_ladder(image: np.ndarray, cams: torch.Tensor, refined: Refined, ids: list[int], grid: tuple[int, int],
+                truth: np.ndarray | None, captions: dict[str, str]) -> Image.Image:
+    """What each step does to one picture (H, W, 3) uint8; captions by stage. cams (K, H, W), ids their K classes.
+
+    "affinity" shows where the activation of one patch goes, the one that the first CAM is surest of
+    """
+    def paint(maps: torch.Tensor) -> np.ndarray:
+        return cam.paint(image, maps.cpu().numpy(), ids)
+
+    hottest = F.interpolate(cams[:1, None], size=grid, mode="area").argmax()
+    pictures = {"image": image, "CAM": paint(cams),
+                "affinity": backbone.glow(image, refined.transition[0, :, hottest].view(grid)), "refined": paint(refined.maps),
+                "PAR": paint(refined.scores[0, 1:]), "pseudo label": data.overlay(image, refined.labels[0].cpu().numpy())}
+    if truth is not None:
+        pictures["truth"] = data.overlay(image, np.where(truth == data.IGNORE_INDEX, 0, truth))
+    return data.contact_sheet(list(pictures.values()), [captions.get(stage, stage) for stage in pictures], columns=4)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("image", nargs="?", help="a picture (default: one of `shapes`, seen by the toy pair)")
+    p.add_argument("--classes", nargs="+", metavar="NAME", help="what your picture shows")
+    p.add_argument("--background", nargs="+", metavar="WORD", help="background words (default: VOC's; with the toy, its own)")
     p.add_argument("--method", choices=("weclip+", "weclip"), default="weclip+", help="default: %(default)s")
-    p.add_argument("--index", type=int, default=0, help="which picture of the validation split (default: %(default)s)")
+    p.add_argument("--index", type=int, default=0, help="which picture of the validation split of `shapes` (default: %(default)s)")
+    p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 for your picture, the toy for `shapes`")
+    p.add_argument("--dino", metavar="NAME|FILE", help="default: dinov2_vits14 for your picture, the toy for `shapes`")
+    p.add_argument("--out", default=".", metavar="DIR", help="where NAME_ladder.png goes (default: here)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    device, info = backbone.choose_device(args.device), data.DATASETS["shapes"]
-    dataset = data.EvalDataset(data.list_samples(info, data.find_root("shapes"), "val"), info.num_classes)
-    item = dataset[args.index]
-    encoders = backbone.load_encoders("shapes", "shapes" if args.method == "weclip+" else None, info, device)
-    cfg = config_for(args.method, "shapes", encoders.clip, encoders.dino)
+    if args.image and not args.classes:
+        raise data.DataError("which words shall light up? Name what the picture shows: --classes cat sofa")
+    toy, device = args.image is None, backbone.choose_device(args.device)
+    clip_name, dino_name = args.clip or ("shapes" if toy else "ViT-B/16"), args.dino or ("shapes" if toy else "dinov2_vits14")
+    world = data.DATASETS["shapes" if toy or clip_name == "shapes" else "voc"]
+    if toy:
+        info, dataset = world, data.EvalDataset(data.list_samples(world, data.find_root("shapes"), "val"), world.num_classes)
+        item, image = dataset[args.index], data.load_image(dataset.samples[args.index].image)
+        labels, truth, name = item["labels"], item["mask"], item["name"]
+    else:
+        info, name, truth = cam.info_of_words(world, args.classes, args.background), Path(args.image).stem, None
+        image, labels = data.load_image(args.image, as_displayed=True), torch.ones(len(info.classes))
+    encoders = backbone.load_encoders(clip_name, dino_name if args.method == "weclip+" else None, info, device)
+    cfg = config_for(args.method, world.name, encoders.clip, encoders.dino)
+    image = data.rescale(image, min(1, cfg.long_side / max(image.shape[:2])))
     torch.manual_seed(0)
     model = build_model(cfg, info.num_classes, encoders.clip, encoders.dino).to(device).eval()
-    images, pairs = item["image"][None].to(device), cam.class_pairs(item["labels"][None])
+    pairs = cam.class_pairs(labels[None])
+    images = resize_long_side(data.normalize(image).to(device), cfg, encoders, smallest_scale=1)
     seen = backbone.look(encoders, images, maps_needed(cfg))
     prediction = model(seen.tokens, seen.grid, seen.dino_map)
-    cams, refined = label_images(cfg, encoders, images, seen, prediction, pairs, images.shape[-2:], dynamic=False)
-    parts = losses(cfg, prediction, learned_affinity(prediction.fused), refined.labels, step=0)
+    cams, refined = label_images(cfg, encoders, images, seen, prediction, pairs, image.shape[:2], dynamic=False)
+    with torch.no_grad():
+        parts = losses(cfg, prediction, learned_affinity(prediction.fused), refined.labels, step=0)
 
-    print(f"{args.method}, picture {item['name']}: {', '.join(info.classes[c] for _, c in pairs.tolist())}")
+    print(f"{args.method}, picture {name}: {', '.join(info.classes[c] for _, c in pairs.tolist())}")
     rows = {"image": images, "tokens of a block": seen.tokens[0], "attention maps": seen.maps, "CAM": cams,
             "fused features": prediction.fused, "learned affinity": learned_affinity(prediction.fused),
             "logits": prediction.logits, "transition matrix": refined.transition, "refined CAM": refined.spread,
             "PAR scores": refined.scores, "pseudo label": refined.labels}
-    for name, tensor in rows.items():
-        print(f"  {name:20} {tuple(tensor.shape)}")
-    for name, module in model.named_children():
-        print(f"  {name:24} {sum(p.numel() for p in module.parameters()):>9,} parameters")
-    print("  losses of the untrained decoder: " + ", ".join(f"{name} {float(loss):.3f}" for name, loss in parts.items()))
-    upsampled = F.interpolate(cams[None], size=images.shape[-2:], mode="bilinear", align_corners=False)[0]
-    for name, label in (("CAM", best_label(*stack_scores(upsampled, pairs, 1))),
-                        ("refined (static affinity)", best_label(*stack_scores(refined.maps, pairs, 1))),
-                        ("pseudo label (PAR)", refined.labels)):
-        score = data.scores(data.confusion_matrix(item["mask"], label[0].cpu(), info.num_classes))
-        print(f"  mIoU of this picture, {name:26} {100 * score['miou']:5.1f}")
+    for stage, tensor in rows.items():
+        print(f"  {stage:20} {tuple(tensor.shape)}")
+    for part, module in model.named_children():
+        print(f"  {part:24} {sum(p.numel() for p in module.parameters()):>9,} parameters")
+    print("  losses of the untrained decoder: " + ", ".join(f"{part} {float(loss):.3f}" for part, loss in parts.items()))
+    cams = F.interpolate(cams[:, None], size=image.shape[:2], mode="bilinear", align_corners=False)[:, 0]
+    captions = {}
+    for stage, label in (("CAM", best_label(*stack_scores(cams, pairs, 1))),
+                         ("refined", best_label(*stack_scores(refined.maps, pairs, 1))), ("pseudo label", refined.labels)):
+        if truth is not None:
+            score = data.scores(data.confusion_matrix(truth, label[0].cpu(), info.num_classes))
+            captions[stage] = f"{stage}, mIoU {100 * score['miou']:.1f}"
+            print(f"  {captions[stage]} of this picture")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    target = Path(args.out) / f"{name}_ladder.png"
+    draw_ladder(image, cams, refined, pairs[:, 1].tolist(), seen.grid, None if truth is None else truth.numpy(), captions).save(target)
+    print(target)
     return 0
 
 

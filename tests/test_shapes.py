@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 data = import_module("01_data")
 backbone = import_module("02_backbone")
@@ -62,3 +63,47 @@ def test_colour_alone_does_not_tell_the_classes(scenes):
     matrix = sum(data.confusion_matrix(torch.from_numpy(mask.ravel()), torch.from_numpy(counts.argmax(1)[bins(image)]),
                                        INFO.num_classes) for image, mask in scenes)
     assert data.scores(matrix)["miou"] < 0.15
+
+
+@pytest.mark.parametrize(("module", "kind"), [(backbone, "look"), (cam, "cam"), (decoder, "ladder")])
+def test_run_alone_each_file_leaves_a_picture(tmp_path, monkeypatch, capsys, module, kind):
+    """Without arguments of one's own: a picture of `shapes`; with a photo and words: that one, whatever its size and mode."""
+    data.make_shapes(tmp_path / "shapes", n_train=1, n_val=2)
+    monkeypatch.setattr(data, "find_root", lambda *_: tmp_path / "shapes")
+    assert module.main(["--out", str(tmp_path)]) == 0
+    Image.fromarray(scene_of_one_figure()).convert("L").resize((150, 97)).save(tmp_path / "my photo ü.png")
+    words = [] if module is backbone else ["--classes", "cat", "sofa"]
+    toys = ["--clip", "shapes"] + ([] if module is cam else ["--dino", "shapes"])
+    assert module.main([str(tmp_path / "my photo ü.png"), *words, *toys, "--out", str(tmp_path / "new" / "folder")]) == 0
+    printed = capsys.readouterr().out
+    made = [*tmp_path.glob(f"*_{kind}.png"), tmp_path / "new" / "folder" / f"my photo ü_{kind}.png"]
+    assert len(made) == 2
+    for picture in made:
+        assert np.asarray(Image.open(picture)).std() > 20 and str(picture) in printed
+
+
+def scene_of_one_figure() -> np.ndarray:
+    return data.draw_tile(np.random.default_rng(0), 96, "sand", "cat")
+
+
+def test_a_glow_is_brightest_where_it_is_hottest():
+    image, heat = np.full((6, 8, 3), 100, np.uint8), torch.zeros(3, 4)
+    heat[1, 2] = 7
+    shown = backbone.glow(image, heat)
+    assert (shown[2:4, 4:6] == [255, 220, 60]).all()
+    shown[2:4, 4:6] = 35
+    assert (shown == 35).all()
+
+
+def test_what_looks_alike_has_one_colour():
+    """Three kinds of patches, told apart by three axes of the features: equal features equal colours, others others."""
+    kinds = torch.tensor([[0, 0, 1, 2], [3, 1, 2, 3]])
+    colours = backbone.principal_colours(F.one_hot(kinds, 4).float().permute(2, 0, 1))
+    assert colours.shape == (2, 4, 3) and colours.dtype == np.uint8
+    by_kind = [{tuple(c) for c in colours[(kinds == kind).numpy()].tolist()} for kind in range(4)]
+    assert all(len(found) == 1 for found in by_kind) and len(set.union(*by_kind)) == 4
+
+
+def test_a_patch_outside_is_refused(capsys):
+    with pytest.raises(data.DataError, match="--patch 12 0 is outside; the picture has 12 x 12"):
+        backbone.main(["--patch", "12", "0"])
