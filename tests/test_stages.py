@@ -1,7 +1,7 @@
 """Does each stage of 02 to 05 do what its docstring says? Each is held against something written in another way.
 
-The oracles are closed forms, slow loops, torch's own modules and the clip package. No file outside this folder is read;
-the numbers of the authors' code are in test_parity.py.
+The oracles are closed forms, slow loops (the longer ones in slow.py), torch's own modules and the clip package. No file
+outside this folder is read; the numbers of the authors' code are in test_parity.py.
 """
 import math
 from importlib import import_module
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import golden
+import slow
 
 data = import_module("01_data")
 backbone = import_module("02_backbone")
@@ -278,32 +279,14 @@ def test_every_image_gets_one_pair_per_class_it_shows():
     assert cam.class_pairs(torch.zeros(2, 5)).shape == (0, 2)
 
 
-def one_cam_at_a_time(tower, tokens, text_fg, text_bg, classes, target, grid, scale):
-    """Grad-CAM the plain way: one image, one class, clip's own block with a hook on ln_1, one backward pass."""
-    visual, kept = tower.visual, {}
-
-    def keep(module, args, out):
-        kept["activations"] = out.requires_grad_()
-    block = visual.transformer.resblocks[-1]
-    hook = block.ln_1.register_forward_hook(keep)
-    out = block(tokens[:, None])[:, 0]  # clip's blocks want (T, B, D)
-    hook.remove()
-    embedding = visual.ln_post(out)[1:].mean(0) @ visual.proj
-    words = torch.cat([text_fg[classes], text_bg])
-    probs = (scale * F.cosine_similarity(embedding[None], words)).softmax(0)
-    (gradient,) = torch.autograd.grad(probs[classes.index(target)], kept["activations"])
-    weights = gradient[1:, 0].mean(0)
-    return (kept["activations"][1:, 0] @ weights).reshape(grid).detach(), probs.detach()
-
-
 @pytest.mark.parametrize("scale", [None, 25.0])
 def test_batched_cams_equal_one_backward_pass_per_class(tower, last_tokens, words, scale):
     pairs = cam.class_pairs(LABELS)
     cams, probs, _ = cam.grad_cam(tower, last_tokens, *words, pairs, (4, 5), logit_scale=scale)
     for i, (image, target) in enumerate(pairs.tolist()):
         classes = LABELS[image].nonzero()[:, 0].tolist()
-        expected, expected_probs = one_cam_at_a_time(tower, last_tokens[image], *words, classes, target, (4, 5),
-                                                     scale or tower.logit_scale.exp())
+        expected, expected_probs = slow.one_cam_at_a_time(tower, last_tokens[image], *words, classes, target, (4, 5),
+                                                          scale or tower.logit_scale.exp())
         close(cams[i], expected)
         close(probs[image][classes + [5, 6, 7]], expected_probs)
     assert (probs[1, 1:5] == 0).all()  # a class that the image does not show is not in its softmax
@@ -348,31 +331,11 @@ def test_cams_are_clipped_first_and_peak_just_below_one():
     assert int(255 * cams[0].max()) == 254
 
 
-def boxes_slowly(cams, fraction):
-    """Flood fill from every patch above the threshold; numpy and Python lists only."""
-    masks = np.zeros(cams.shape, bool)
-    for scores, mask in zip(cams.numpy(), masks):
-        grey = (scores * 255).astype(np.uint8)
-        above = grey > int(fraction * int(grey.max()))
-        height, width = grey.shape
-        while above.any():
-            region, todo = [], [tuple(np.argwhere(above)[0])]
-            while todo:
-                y, x = todo.pop()
-                if 0 <= y < height and 0 <= x < width and above[y, x]:
-                    above[y, x] = False
-                    region.append((y, x))
-                    todo += [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-            (top, left), (bottom, right) = np.min(region, 0), np.max(region, 0)
-            mask[top:min(bottom + 1, height - 1), left:min(right + 1, width - 1)] = True
-    return torch.from_numpy(masks)
-
-
 @pytest.mark.parametrize("grid", [(10, 12), (5, 5), (3, 15), (2, 9), (1, 12), (9, 1)])
 @pytest.mark.parametrize("fraction", [0.4, 0.7])
 def test_box_masks_equal_a_flood_fill(grid, fraction):
     cams = cam.normalize_cams(torch.randn(40, *grid, generator=torch.Generator().manual_seed(8)))
-    assert torch.equal(cam.box_masks(cams, fraction), boxes_slowly(cams, fraction))
+    assert torch.equal(cam.box_masks(cams, fraction), slow.boxes_by_flood_fill(cams, fraction))
 
 
 ANGLE = ["#" * 14] + 9 * ["#............."]
@@ -384,7 +347,7 @@ def test_a_long_region_is_one_box_however_far_its_ends_are(drawing):
     """Regions are found by spreading over neighbours; the rounds must suffice until both ends of the angle have met."""
     cams = torch.tensor([[[0.9 if c == "#" else 0.0 for c in row] for row in drawing]])
     for turned in (cams, cams.flip(1), cams.mT, cams.flip(2).mT):
-        assert torch.equal(cam.box_masks(turned, 0.4), boxes_slowly(turned, 0.4))
+        assert torch.equal(cam.box_masks(turned, 0.4), slow.boxes_by_flood_fill(turned, 0.4))
 
 
 def test_boxes_never_reach_the_last_row_and_column():
@@ -572,36 +535,13 @@ def test_activation_flows_along_the_rows_of_its_own_images_matrix():
             assert float(flow[p, i // 3, i % 3]) == pytest.approx(expected, rel=1e-5)
 
 
-def par_with_48_copies(image, masks, iterations):
-    """PAR the memory-hungry way: all neighbours of all pixels side by side, numpy, float64. (3, H, W), (X, H, W)."""
-    height, width = masks.shape[1:]
-    rows, columns = np.mgrid[:height, :width]
-    shifts = [(dy * d, dx * d) for d in (1, 2, 4, 8, 12, 24) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
-
-    def gather(x):  # (X, H, W) -> (48, X, H, W), the border repeated
-        return np.stack([x[:, (rows + dy).clip(0, height - 1), (columns + dx).clip(0, width - 1)] for dy, dx in shifts])
-
-    def softmax(x):
-        e = np.exp(x - x.max(0))
-        return e / e.sum(0)
-    neighbours = gather(image)
-    colour = -((abs(neighbours - image) / (neighbours.std(0, ddof=1) + 1e-8) / 0.3) ** 2).mean(1)
-    distances = np.array([math.hypot(*shift) for shift in shifts])
-    position = -((distances / (distances.std(ddof=1) + 1e-8) / 0.3) ** 2)
-    weights = softmax(colour) + 0.01 * softmax(position)[:, None, None]
-    for _ in range(iterations):
-        masks = (gather(masks) * weights[:, None]).sum(0)
-    return masks
-
-
 @pytest.mark.parametrize("size", [(11, 17), (40, 30)])
 def test_par_equals_the_form_with_48_copies(size):
     """11 x 17 is smaller than the farthest neighbour, so the replicated border reaches everywhere."""
     generator = torch.Generator().manual_seed(9)
     images, maps = torch.randn(2, 3, *size, generator=generator), torch.rand(2, 4, *size, generator=generator)
-    for image, masks, refined in zip(images, maps, decoder.par(images, maps, iterations=3)):
-        expected = par_with_48_copies(image.double().numpy(), masks.double().numpy(), 3)
-        close(refined.double(), torch.from_numpy(expected))
+    expected = slow.par_with_48_copies(images.double(), maps.double(), iterations=3)
+    close(decoder.par(images, maps, iterations=3).double(), expected)
 
 
 def test_par_stretches_the_image_onto_the_maps_with_corners_aligned():
@@ -653,7 +593,7 @@ def test_boxes_cut_columns_and_come_from_the_cam_before_the_probability(attentio
     images = torch.randn(2, 3, 8, 12, generator=generator)
     got = decoder.refine(cfg, images, cams, attention, learned, probs, pairs, (8, 12), dynamic=True)
     transition = decoder.transition_matrix(decoder.dynamic_affinity(attention, 4, learned))
-    masks = boxes_slowly(cams, 0.7)
+    masks = slow.boxes_by_flood_fill(cams, 0.7)
     assert masks[0].tolist() == [[True, True, False], [False, False, False]]
     for p, (image, c) in enumerate(pairs.tolist()):
         matrix = transition[image] * masks[p].flatten()[None, :]
