@@ -2,7 +2,7 @@
 
 In     tokens and attention maps (02_backbone), CAMs (03_cam), image-level labels
 Out    `refine` (CAM -> affinity -> PAR -> pseudo label), `WeCLIP` and `WeCLIPPlus` (the trained part), the losses,
-       `multi_scale_logits`; `CONFIGS`, the one table of numbers of both methods
+       `multi_scale_logits`, `enlarged_labels`; `CONFIGS`, the one table of numbers of both methods
 Paper  WeCLIP, CVPR 2024: decoder, refinement module (RFM), losses. WeCLIP+, TPAMI 2025: DINO branch, RFM+, self-labels.
        PAR and the affinity loss are AFA's (CVPR 2022), the static affinity is CLIP-ES's (CVPR 2023).
 
@@ -519,11 +519,10 @@ def ladder(cfg: Config, encoders, model: WeCLIP, image: torch.Tensor, labels: to
     prediction = model(seen.tokens, seen.grid, seen.dino_map)
     cams, refined = label_images(cfg, encoders, network, seen, prediction, pairs, size, dynamic=True)
     raw_maps = F.interpolate(cams[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]  # K may be 0
-    logits = F.interpolate(prediction.logits, size=size, mode="bilinear", align_corners=False)[0]
     return {"CAM": best_label(*stack_scores(raw_maps, pairs, 1))[0],
             "refined": best_label(*stack_scores(refined.maps, pairs, 1))[0],
             "pseudo label": refined.labels[0],
-            "segmentation": logits.argmax(dim=0),
+            "segmentation": enlarged_labels(prediction.logits[0], size),
             "cams": raw_maps, "refined_maps": refined.maps}
 
 
@@ -546,7 +545,7 @@ def multi_scale_logits(cfg: Config, encoders, model: WeCLIP, image: torch.Tensor
     image   (3, H, W) normalised, at its own size
     scales  factors on the first scale, whose long side is cfg.long_side (the other side truncated); None: cfg.scales
     flip    average each scale with its mirror image; False with scales=(1,) is the "single scale" of the released scores
-    ->      (C, H, W) logits at the image's size
+    ->      (C, h, w) logits on the first scale's grid of patches; `enlarged_labels` brings them to the image's size
     """
     scales = scales or cfg.scales
     base = resize_long_side(image, cfg, encoders, min(scales))
@@ -560,7 +559,26 @@ def multi_scale_logits(cfg: Config, encoders, model: WeCLIP, image: torch.Tensor
         grid = grid or logits.shape[-2:]  # of the first scale
         logits = F.interpolate(logits, size=grid, mode="bilinear", align_corners=False)
         sums = sums + ((logits[0] + logits[1].flip(-1)) / 2 if flip else logits[0])
-    return F.interpolate(sums[None] / len(scales), size=image.shape[-2:], mode="bilinear", align_corners=False)[0]
+    return sums / len(scales)
+
+
+def enlarge(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(C, h, w) logits of patches -> (C, H, W) of pixels, bilinear."""
+    return F.interpolate(logits[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+
+
+def enlarged_labels(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Which class is each pixel? `enlarge(logits, size).argmax(dim=0)`, (H, W) long, but one class at a time.
+
+    The enlarged logits of all 81 classes of COCO would take 15 GB for a photo of 48 million pixels.
+    """
+    best = enlarge(logits[:1], size)[0]
+    labels = torch.zeros_like(best, dtype=torch.long)
+    for number in range(1, len(logits)):
+        scores = enlarge(logits[number:number + 1], size)[0]
+        labels.masked_fill_(scores > best, number)  # of equal ones the first stays, as with argmax
+        best = torch.maximum(best, scores)
+    return labels
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -113,7 +113,8 @@ def evaluate(cfg, encoders, model: nn.Module, dataset, device, num_classes: int,
         image = item["image"].to(device)
         result = decoder.ladder(cfg, encoders, model, image, item["labels"], amp)
         if multi_scale:
-            result["multi-scale"] = decoder.multi_scale_logits(cfg, encoders, model, image, amp=amp).argmax(dim=0)
+            logits = decoder.multi_scale_logits(cfg, encoders, model, image, amp=amp)
+            result["multi-scale"] = decoder.enlarged_labels(logits, image.shape[-2:])
         for rung in rungs:
             matrices[rung] += data.confusion_matrix(item["mask"], result[rung].cpu(), num_classes)
         if rank == 0 and preview is not None and index < PREVIEW_ROWS * world:

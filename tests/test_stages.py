@@ -763,8 +763,7 @@ def test_one_scale_without_mirror_is_a_plain_forward(world, picture):
     cfg, encoders, model = world
     image = F.interpolate(picture[None], size=(32, 40), mode="bilinear", align_corners=False)
     seen = backbone.look(encoders, image)
-    logits = model(seen.tokens, seen.grid, seen.dino_map).logits
-    expected = F.interpolate(logits, size=(27, 33), mode="bilinear", align_corners=False)[0].detach()
+    expected = model(seen.tokens, seen.grid, seen.dino_map).logits[0].detach()
     close(decoder.multi_scale_logits(cfg, encoders, model, picture, scales=(1,), flip=False), expected)
 
 
@@ -779,8 +778,7 @@ def test_scales_are_averaged_on_the_first_scales_grid(world, picture):
             logits = model(seen.tokens, seen.grid, seen.dino_map).logits.detach()
             logits = F.interpolate(logits, size=(4, 5), mode="bilinear", align_corners=False)
             maps.append(logits if x is image else logits.flip(-1))
-    expected = F.interpolate(sum(maps) / 4, size=(27, 33), mode="bilinear", align_corners=False)[0]
-    close(decoder.multi_scale_logits(cfg, encoders, model, picture), expected)
+    close(decoder.multi_scale_logits(cfg, encoders, model, picture), (sum(maps) / 4)[0])
 
 
 def test_a_mirrored_picture_has_mirrored_logits(world, picture):
@@ -808,7 +806,18 @@ def test_the_second_scale_is_sampled_by_the_factor_itself(world, picture, monkey
 def test_pictures_smaller_than_a_patch_are_segmented_at_their_own_size(world, size):
     cfg, encoders, model = world
     logits = decoder.multi_scale_logits(cfg, encoders, model, torch.randn(3, *size), scales=(1, 0.5))
-    assert logits.shape == (6, *size) and logits.isfinite().all()
+    assert logits.isfinite().all() and decoder.enlarged_labels(logits, size).shape == size
+
+
+@pytest.mark.parametrize("size", [(37, 50), (4, 5), (2, 3), (1, 90)])
+def test_labels_enlarged_class_by_class_are_those_of_all_classes_at_once(size):
+    """Bit for bit, ties included: whole numbers leave many pixels with two best classes, and the first one wins."""
+    logits = torch.randint(0, 3, (7, 4, 5), generator=torch.Generator().manual_seed(1)).float()
+    logits[5] = logits[2]
+    whole = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
+    labels = decoder.enlarged_labels(logits, size)
+    assert labels.dtype == torch.long and torch.equal(labels, whole.argmax(dim=0))
+    assert (whole == whole.amax(dim=0)).sum() > whole[0].numel() and len(labels.unique()) > 2
 
 
 def test_labelling_images_is_all_stages_in_a_row(world):
