@@ -295,7 +295,8 @@ def par_weights(images: torch.Tensor) -> torch.Tensor:
         torch.mean((x - images).mul_(precision).square_(), dim=1, out=colour[:, n])
     distance = torch.tensor([(dy * dy + dx * dx) ** 0.5 for dy, dx in PAR_OFFSETS], device=images.device)
     position = -(distance / (distance.std() + 1e-8) / 0.3).square()
-    return colour.neg_().softmax(dim=1).add_(0.01 * position.softmax(dim=0)[:, None, None])
+    colour.sub_(colour.amin(dim=1, keepdim=True)).neg_().exp_()  # softmax in place: no other tensor here is as large
+    return colour.div_(colour.sum(dim=1, keepdim=True)).add_(0.01 * position.softmax(dim=0)[:, None, None])
 
 
 def par(images: torch.Tensor, maps: torch.Tensor, iterations: int = 20) -> torch.Tensor:
@@ -483,7 +484,7 @@ def label_images(cfg: Config, encoders, images: torch.Tensor, seen, prediction: 
                  size: tuple[int, int], dynamic: bool) -> tuple[torch.Tensor, Refined]:
     """Pseudo labels of a batch from its image-level labels: the CAMs (P, h, w) and everything that `refine` makes of them.
 
-    encoders, seen  02_backbone.Encoders, and its `look` at the images with at least `maps_needed(cfg)` attention maps
+    encoders, seen  02_backbone.Encoders, and its `look` at the images with at least `maps_needed` attention maps
     prediction      of the trained part, on the same images; nothing here sends a gradient into it
     pairs           (P, 2) on the CPU, of 03_cam.class_pairs
     """
@@ -497,9 +498,9 @@ def label_images(cfg: Config, encoders, images: torch.Tensor, seen, prediction: 
     return cams, refine(cfg, images, cams, maps, learned, probs, pairs, size, dynamic)
 
 
-def maps_needed(cfg: Config) -> int:
-    """How many attention maps `label_images` reads, the last block's included."""
-    return max(cfg.static_maps, cfg.dynamic_maps)
+def maps_needed(cfg: Config, dynamic: bool) -> int:
+    """How many attention maps `label_images` reads, the last block's included: the other blocks need not form theirs."""
+    return cfg.dynamic_maps if dynamic else cfg.static_maps
 
 
 @torch.no_grad()
@@ -515,7 +516,7 @@ def ladder(cfg: Config, encoders, model: WeCLIP, image: torch.Tensor, labels: to
     size = image.shape[-2:]
     network = resize_long_side(image, cfg, encoders, smallest_scale=1)
     pairs = cam.class_pairs(labels[None].cpu())
-    seen = backbone.look(encoders, network, maps_needed(cfg), amp)
+    seen = backbone.look(encoders, network, maps_needed(cfg, dynamic=True), amp)
     prediction = model(seen.tokens, seen.grid, seen.dino_map)
     cams, refined = label_images(cfg, encoders, network, seen, prediction, pairs, size, dynamic=True)
     raw_maps = F.interpolate(cams[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]  # K may be 0
@@ -646,7 +647,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     model = build_model(cfg, info.num_classes, encoders.clip, encoders.dino).to(device).eval()
     images, pairs = item["image"][None].to(device), cam.class_pairs(item["labels"][None])
-    seen = backbone.look(encoders, images, maps_needed(cfg))
+    seen = backbone.look(encoders, images, maps_needed(cfg, dynamic=False))
     prediction = model(seen.tokens, seen.grid, seen.dino_map)
     cams, refined = label_images(cfg, encoders, images, seen, prediction, pairs, images.shape[-2:], dynamic=False)
     parts = losses(cfg, prediction, learned_affinity(prediction.fused), refined.labels, step=0)

@@ -71,10 +71,11 @@ def train_step(cfg, encoders, model: nn.Module, optimizer: torch.optim.Optimizer
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, cfg.lr, cfg.max_iters)
-    seen = backbone.look(encoders, images, 1 if masks is not None else decoder.maps_needed(cfg), amp)
+    dynamic = step >= cfg.dynamic_from
+    seen = backbone.look(encoders, images, 1 if masks is not None else decoder.maps_needed(cfg, dynamic), amp)
     prediction = model(seen.tokens, seen.grid, seen.dino_map)
     if masks is None:
-        pairs, dynamic = cam.class_pairs(labels), step >= cfg.dynamic_from
+        pairs = cam.class_pairs(labels)
         _, refined = decoder.label_images(cfg, encoders, images, seen, prediction, pairs, images.shape[-2:], dynamic)
         masks = refined.labels
     parts = decoder.losses(cfg, prediction, decoder.learned_affinity(prediction.fused), masks, step)

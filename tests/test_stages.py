@@ -3,6 +3,7 @@
 The oracles are closed forms, slow loops (the longer ones in slow.py), torch's own modules and the clip package. No file
 outside this folder is read; the numbers of the authors' code are in test_parity.py.
 """
+import copy
 import math
 from importlib import import_module
 
@@ -838,10 +839,43 @@ def test_labelling_images_is_all_stages_in_a_row(world):
         close(got.float(), wanted.float())
 
 
+@pytest.fixture
+def maps_formed(monkeypatch):
+    """One entry for each block of CLIP that 02 runs: was its attention map formed?"""
+    formed, attend = [], backbone.attend
+
+    def record(mha, x, with_map):
+        formed.append(with_map)
+        return attend(mha, x, with_map)
+    monkeypatch.setattr(backbone, "attend", record)
+    return formed
+
+
+@pytest.mark.parametrize("step, expected", [(0, [False, True, True]), (5, [False, False, True])])
+def test_a_step_forms_only_the_maps_that_it_reads(world, maps_formed, step, expected):
+    """Of 4 blocks the last is in 03; before the switch 3 maps are read, afterwards 2, that block's own included."""
+    cfg, encoders, model = world
+    cfg = decoder.replace(cfg, static_maps=3, dynamic_maps=2, dynamic_from=5)
+    images = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(3))
+    model = copy.deepcopy(model)
+    train.train_step(cfg, encoders, model, train.make_optimizer(model, 0.0), images, LABELS.float(), step)
+    assert maps_formed == expected
+
+
+def test_inference_forms_no_map_and_no_cam_and_sees_image_and_mirror_at_once(world, picture, maps_formed, monkeypatch):
+    cfg, encoders, model = world
+    sizes, look = [], backbone.look
+    monkeypatch.setattr(backbone, "look", lambda e, x, **k: sizes.append(len(x)) or look(e, x, **k))
+    monkeypatch.delattr(cam, "grad_cam")
+    monkeypatch.delattr(decoder, "par")
+    decoder.multi_scale_logits(cfg, encoders, model, picture, scales=(1, 1.5))
+    assert sizes == [2, 2] and maps_formed == [False] * 6
+
+
 def test_the_loss_trains_every_parameter_of_the_trained_part_and_nothing_else(world):
     cfg, encoders, model = world
     images = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(3))
-    seen = backbone.look(encoders, images, decoder.maps_needed(cfg))
+    seen = backbone.look(encoders, images, decoder.maps_needed(cfg, dynamic=True))
     prediction = model(seen.tokens, seen.grid, seen.dino_map)
     cams, refined = decoder.label_images(cfg, encoders, images, seen, prediction, cam.class_pairs(LABELS), (32, 40),
                                          dynamic=True)
