@@ -133,14 +133,19 @@ def attend(mha: nn.MultiheadAttention, x: torch.Tensor, with_map: bool) -> tuple
 
     x  (B, T, D)  ->  (B, T, D) and the mean over heads of softmax(q k^T / sqrt(d)), (B, T, T) [query, key], or None
     """
-    q, k, v = (part.unflatten(-1, (mha.num_heads, -1)).transpose(1, 2)  # (B, heads, T, d)
-               for part in F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, dim=-1))
+    q, k, v = queries_keys_values(mha, x)
     if with_map:
         weights = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(dim=-1)
         out, mean_map = weights @ v, weights.mean(dim=1)
     else:
         out, mean_map = F.scaled_dot_product_attention(q, k, v), None
     return mha.out_proj(out.transpose(1, 2).flatten(2)), mean_map
+
+
+def queries_keys_values(mha: nn.MultiheadAttention, x: torch.Tensor) -> list[torch.Tensor]:
+    """What each token asks, offers and says, per head: (B, T, D) -> three of (B, heads, T, d), D = heads * d."""
+    return [part.unflatten(-1, (mha.num_heads, -1)).transpose(1, 2)
+            for part in F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, dim=-1)]
 
 
 def clip_position_embedding(embedding: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

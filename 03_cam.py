@@ -8,7 +8,8 @@ Paper  WeCLIP, CVPR 2024, the initial CAM; the method is CLIP-ES (CVPR 2023): Gr
     python 03_cam.py cat.jpg --classes cat sofa --clip ViT-B/16        # no training, no labels on disk
     python 03_cam.py                                                   # the toy CLIP on a picture of `shapes`
 
-Letters: B images, P (image, class) pairs, C-1 foreground classes, N = h * w patches, D width, E joint embedding width.
+Letters: B images, P (image, class) pairs, C-1 foreground classes, N = h * w patches, D width, d width of a head, E joint
+embedding width.
 """
 import argparse
 import math
@@ -47,6 +48,10 @@ def grad_cam(model: nn.Module, tokens: torch.Tensor, text_fg: torch.Tensor, text
     dP / dA, A the output of ln_1; the map is their weighted sum of A. The gradient reaches A through attention only,
     since the shortcut goes around ln_1.
 
+    Autograd would walk back through the whole block for every class. Written out, the way back is shorter: all patches
+    receive the same gradient from the average, and of their gradients at A only the mean is asked for. The next two
+    functions say what each of the two saves.
+
     model             CLIP (02_backbone.load_clip)
     tokens            (B, 1+N, D) that enter the last block
     text_fg, text_bg  (C-1, E) and (n_bg, E), unit norm
@@ -64,26 +69,90 @@ def grad_cam(model: nn.Module, tokens: torch.Tensor, text_fg: torch.Tensor, text
     present[image_of, class_of] = True
     shown = torch.cat([present, present.new_ones(len(tokens), len(text_bg))], dim=1)
 
-    with torch.enable_grad():
-        activations = block.ln_1(tokens.detach()).requires_grad_()  # (B, 1+N, D)
-        attended, last_map = backbone.attend(block.attn, activations, with_map=True)
-        x = tokens.detach() + attended
-        x = x + block.mlp(block.ln_2(x))
-        embedding = visual.ln_post(x)[:, 1:].mean(dim=1) @ visual.proj  # (B, E)
-        logits = scale * F.normalize(embedding, dim=-1) @ torch.cat([text_fg, text_bg]).T
-        probs = logits.masked_fill(~shown, -torch.inf).softmax(dim=-1)
+    def probabilities(pooled: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        logits = scale * F.normalize(pooled @ visual.proj, dim=-1) @ torch.cat([text_fg, text_bg]).T
+        return logits.masked_fill(~shown, -torch.inf).softmax(dim=-1)
 
-        # One backward pass for the k-th class of every image at once, and all k batched (vmap): slot k of image b.
+    with torch.no_grad():
+        activations = block.ln_1(tokens)  # A, (B, 1+N, D)
+        q, k, v = backbone.queries_keys_values(block.attn, activations)
+        attention = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(dim=-1)  # (B, heads, 1+N, 1+N)
+        read = attention @ v                                            # (B, heads, 1+N, d)
+        x = (tokens + block.attn.out_proj(read.transpose(1, 2).flatten(2)))[:, 1:]  # (B, N, D), CLS has done its part
+        hidden = block.mlp.c_fc(block.ln_2(x))  # (B, N, 4 D)
+        out = x + block.mlp.c_proj(block.mlp.gelu(hidden))
+        pooled = visual.ln_post(out).mean(dim=1)  # (B, D)
+
+    # A copy of the pooled vector for each pair: the gradient of the sum has that of one probability in each row.
+    copies = pooled[image_of].requires_grad_()
+    with torch.enable_grad():
+        wanted = probabilities(copies, shown[image_of]).gather(1, class_of[:, None])
+        (grad,) = torch.autograd.grad(wanted.sum(), copies)  # (P, D)
+
+    with torch.no_grad():
+        grad = back_through_mlp(visual, x, hidden, out, grad, image_of) @ block.attn.out_proj.weight  # (P, N, D), at `read`
+        # The maps of attention are large: the classes of an image, in slots 0, 1, ..., share its own without a copy.
         slot_of = present.cumsum(dim=1)[image_of, class_of] - 1  # (P,) 0, 1, ... within its image
         slots = int(torch.bincount(pairs[:, 0]).max()) if len(pairs) else 0  # `pairs` is on the CPU: no wait for a GPU
-        targets = probs.new_zeros(slots, *probs.shape)
-        targets[slot_of, image_of, class_of] = 1
-        grads = (torch.autograd.grad(probs, activations, targets, is_grads_batched=True)[0] if slots
-                 else activations.new_zeros(0, *activations.shape))  # (slots, B, 1+N, D)
+        by_slot = grad.new_zeros(len(tokens), q.shape[1], x.shape[1], slots, q.shape[-1])  # (B, heads, N, slots, d)
+        by_slot.permute(0, 3, 2, 1, 4)[image_of, slot_of] = grad.unflatten(-1, (q.shape[1], -1))
+        sums = back_through_attention(block.attn, q, k, v, attention, read, by_slot)[image_of, slot_of]  # (P, D)
+        weights = sums / x.shape[1] ** 2  # twice a mean over patches: of the embedding, and of the gradients
+        cams = torch.einsum("pd,pnd->pn", weights, activations[image_of, 1:])
+        return cams.unflatten(1, tuple(grid)), probabilities(pooled, shown), attention.mean(dim=1)
 
-    weights = grads[:, :, 1:].mean(dim=2)[slot_of, image_of]  # (P, D)
-    cams = torch.einsum("pd,pnd->pn", weights, activations.detach()[image_of, 1:])
-    return cams.unflatten(1, tuple(grid)), probs.detach(), last_map.detach()
+
+def back_through_mlp(visual: nn.Module, x: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, grad: torch.Tensor,
+                     image_of: torch.Tensor) -> torch.Tensor:
+    """From the sum over the patches back to before the last block's MLP: out = x + MLP(ln_2(x)), then ln_post, then the sum.
+
+    With y = (out - mean) / std of a patch, ln_post's gradient is (c - y mean(c y)) / std, where c (ln_post.weight * grad
+    minus its mean) is the same for all patches: one vector per class goes through the second layer instead of N.
+    From there on the way is linear, so that y goes it once per image, for all of its classes.
+
+    x, out    (B, N, D) before and after the MLP; hidden (B, N, 4 D), the MLP's inside before its activation
+    grad      (P, D) at the sum over the patches
+    image_of  (P,) image of each pair
+    ->        (P, N, D), gradient at x
+    """
+    block, norm = visual.transformer.resblocks[-1], visual.ln_post
+    _, slope = torch.func.jvp(block.mlp.gelu, (hidden,), (torch.ones_like(hidden),))  # it acts on each number by itself
+
+    def back(grad: torch.Tensor, x: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        inside = slope.mul_(grad @ block.mlp.c_proj.weight)  # in place: (P, N, 4 D) is the largest tensor here
+        _, back_through_norm = torch.func.vjp(block.ln_2, x)
+        return back_through_norm(inside @ block.mlp.c_fc.weight)[0].add_(grad)
+
+    y = F.layer_norm(out, norm.normalized_shape, eps=norm.eps)
+    std = (out.var(dim=-1, correction=0, keepdim=True) + norm.eps).sqrt()
+    c = grad * norm.weight
+    c = (c - c.mean(dim=-1, keepdim=True))[:, None]  # (P, 1, D)
+    along = (y[image_of] @ c.mT) / y.shape[-1]       # (P, N, 1)
+    of_c = back(c, x[image_of], slope[image_of])     # (P, N, D)
+    of_y = back(y, x, slope)                         # (B, N, D)
+    return of_c.addcmul_(along, of_y[image_of], value=-1).div_(std[image_of])
+
+
+def back_through_attention(mha: nn.MultiheadAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                           attention: torch.Tensor, read: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """From `read` = W V back to A, summed over the patches of A; W = softmax(S), S = Q K^T / sqrt(d).
+
+    With G = grad: dV = W^T G and dS = W * (G V^T - r), where r_i = G_i . read_i. Of dQ = dS K / sqrt(d) and
+    dK = dS^T Q / sqrt(d) only the sums over patches are wanted. That of dQ needs no more of dS than its column sums, which
+    are dV_j . V_j - (W^T r)_j. That of dK needs its row sums without CLS; a whole row sums to zero, so these are minus the
+    column of CLS. No (1+N, 1+N) map is formed for a class, and one vector goes back through the projection to Q, K, V.
+
+    q, k, v, read  (B, heads, 1+N, d); attention (B, heads, 1+N, 1+N) [query, key]
+    grad           (B, heads, N, K, d) at the patches of `read`, for K classes of each image; CLS has none
+    ->             (B, K, D), sum over the patches of the gradient at A
+    """
+    attention, read, scale = attention[:, :, 1:], read[:, :, 1:], q.shape[-1] ** -0.5
+    grad_v = (attention.mT @ grad.flatten(3)).unflatten(-1, grad.shape[3:])    # (B, heads, 1+N, K, d)
+    r = (grad @ read[..., None])[..., 0]                                       # (B, heads, N, K)
+    columns = (grad_v @ v[..., None])[..., 0] - attention.mT @ r               # (B, heads, 1+N, K)
+    to_cls = attention[..., :1] * ((grad @ v[:, :, :1, :, None])[..., 0] - r)  # (B, heads, N, K)
+    sums = (scale * columns.mT @ k, -scale * to_cls.mT @ q[:, :, 1:], grad_v[:, :, 1:].sum(dim=2))  # (B, heads, K, d)
+    return torch.cat([part.transpose(1, 2).flatten(2) for part in sums], dim=-1) @ mha.in_proj_weight
 
 
 def min_max(maps: torch.Tensor) -> torch.Tensor:

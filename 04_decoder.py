@@ -2,7 +2,7 @@
 
 In     tokens and attention maps (02_backbone), CAMs (03_cam), image-level labels
 Out    `refine` (CAM -> affinity -> PAR -> pseudo label), `WeCLIP` and `WeCLIPPlus` (the trained part), the losses,
-       `multi_scale_logits`; `CONFIGS`, the one table of numbers of both methods
+       `multi_scale_logits`, `enlarged_labels`; `CONFIGS`, the one table of numbers of both methods
 Paper  WeCLIP, CVPR 2024: decoder, refinement module (RFM), losses. WeCLIP+, TPAMI 2025: DINO branch, RFM+, self-labels.
        PAR and the affinity loss are AFA's (CVPR 2022), the static affinity is CLIP-ES's (CVPR 2023).
 
@@ -298,7 +298,8 @@ def par_weights(images: torch.Tensor) -> torch.Tensor:
         torch.mean((x - images).mul_(precision).square_(), dim=1, out=colour[:, n])
     distance = torch.tensor([(dy * dy + dx * dx) ** 0.5 for dy, dx in PAR_OFFSETS], device=images.device)
     position = -(distance / (distance.std() + 1e-8) / 0.3).square()
-    return colour.neg_().softmax(dim=1).add_(0.01 * position.softmax(dim=0)[:, None, None])
+    colour.sub_(colour.amin(dim=1, keepdim=True)).neg_().exp_()  # softmax in place: no other tensor here is as large
+    return colour.div_(colour.sum(dim=1, keepdim=True)).add_(0.01 * position.softmax(dim=0)[:, None, None])
 
 
 def par(images: torch.Tensor, maps: torch.Tensor, iterations: int = 20) -> torch.Tensor:
@@ -486,7 +487,7 @@ def label_images(cfg: Config, encoders, images: torch.Tensor, seen, prediction: 
                  size: tuple[int, int], dynamic: bool) -> tuple[torch.Tensor, Refined]:
     """Pseudo labels of a batch from its image-level labels: the CAMs (P, h, w) and everything that `refine` makes of them.
 
-    encoders, seen  02_backbone.Encoders, and its `look` at the images with at least `maps_needed(cfg)` attention maps
+    encoders, seen  02_backbone.Encoders, and its `look` at the images with at least `maps_needed` attention maps
     prediction      of the trained part, on the same images; nothing here sends a gradient into it
     pairs           (P, 2) on the CPU, of 03_cam.class_pairs
     """
@@ -500,9 +501,9 @@ def label_images(cfg: Config, encoders, images: torch.Tensor, seen, prediction: 
     return cams, refine(cfg, images, cams, maps, learned, probs, pairs, size, dynamic)
 
 
-def maps_needed(cfg: Config) -> int:
-    """How many attention maps `label_images` reads, the last block's included."""
-    return max(cfg.static_maps, cfg.dynamic_maps)
+def maps_needed(cfg: Config, dynamic: bool) -> int:
+    """How many attention maps `label_images` reads, the last block's included: the other blocks need not form theirs."""
+    return cfg.dynamic_maps if dynamic else cfg.static_maps
 
 
 @torch.no_grad()
@@ -518,15 +519,14 @@ def ladder(cfg: Config, encoders, model: WeCLIP, image: torch.Tensor, labels: to
     size = image.shape[-2:]
     network = resize_long_side(image, cfg, encoders, smallest_scale=1)
     pairs = cam.class_pairs(labels[None].cpu())
-    seen = backbone.look(encoders, network, maps_needed(cfg), amp)
+    seen = backbone.look(encoders, network, maps_needed(cfg, dynamic=True), amp)
     prediction = model(seen.tokens, seen.grid, seen.dino_map)
     cams, refined = label_images(cfg, encoders, network, seen, prediction, pairs, size, dynamic=True)
     raw_maps = F.interpolate(cams[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]  # K may be 0
-    logits = F.interpolate(prediction.logits, size=size, mode="bilinear", align_corners=False)[0]
     return {"CAM": best_label(*stack_scores(raw_maps, pairs, 1))[0],
             "refined": best_label(*stack_scores(refined.maps, pairs, 1))[0],
             "pseudo label": refined.labels[0],
-            "segmentation": logits.argmax(dim=0),
+            "segmentation": enlarged_labels(prediction.logits[0], size),
             "cams": raw_maps, "refined_maps": refined.maps}
 
 
@@ -549,7 +549,7 @@ def multi_scale_logits(cfg: Config, encoders, model: WeCLIP, image: torch.Tensor
     image   (3, H, W) normalised, at its own size
     scales  factors on the first scale, whose long side is cfg.long_side (the other side truncated); None: cfg.scales
     flip    average each scale with its mirror image; False with scales=(1,) is the "single scale" of the released scores
-    ->      (C, H, W) logits at the image's size
+    ->      (C, h, w) logits on the first scale's grid of patches; `enlarged_labels` brings them to the image's size
     """
     scales = scales or cfg.scales
     base = resize_long_side(image, cfg, encoders, min(scales))
@@ -563,7 +563,26 @@ def multi_scale_logits(cfg: Config, encoders, model: WeCLIP, image: torch.Tensor
         grid = grid or logits.shape[-2:]  # of the first scale
         logits = F.interpolate(logits, size=grid, mode="bilinear", align_corners=False)
         sums = sums + ((logits[0] + logits[1].flip(-1)) / 2 if flip else logits[0])
-    return F.interpolate(sums[None] / len(scales), size=image.shape[-2:], mode="bilinear", align_corners=False)[0]
+    return sums / len(scales)
+
+
+def enlarge(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(C, h, w) logits of patches -> (C, H, W) of pixels, bilinear."""
+    return F.interpolate(logits[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+
+
+def enlarged_labels(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Which class is each pixel? `enlarge(logits, size).argmax(dim=0)`, (H, W) long, but one class at a time.
+
+    The enlarged logits of all 81 classes of COCO would take 15 GB for a photo of 48 million pixels.
+    """
+    best = enlarge(logits[:1], size)[0]
+    labels = torch.zeros_like(best, dtype=torch.long)
+    for number in range(1, len(logits)):
+        scores = enlarge(logits[number:number + 1], size)[0]
+        labels.masked_fill_(scores > best, number)  # of equal ones the first stays, as with argmax
+        best = torch.maximum(best, scores)
+    return labels
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -666,7 +685,7 @@ def main(argv: list[str] | None = None) -> int:
     model = build_model(cfg, info.num_classes, encoders.clip, encoders.dino).to(device).eval()
     pairs = cam.class_pairs(labels[None])
     images = resize_long_side(data.normalize(image).to(device), cfg, encoders, smallest_scale=1)
-    seen = backbone.look(encoders, images, maps_needed(cfg))
+    seen = backbone.look(encoders, images, maps_needed(cfg, dynamic=False))
     prediction = model(seen.tokens, seen.grid, seen.dino_map)
     cams, refined = label_images(cfg, encoders, images, seen, prediction, pairs, image.shape[:2], dynamic=False)
     with torch.no_grad():

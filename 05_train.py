@@ -71,10 +71,11 @@ def train_step(cfg, encoders, model: nn.Module, optimizer: torch.optim.Optimizer
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, cfg.lr, cfg.max_iters)
-    seen = backbone.look(encoders, images, 1 if masks is not None else decoder.maps_needed(cfg), amp)
+    dynamic = step >= cfg.dynamic_from
+    seen = backbone.look(encoders, images, 1 if masks is not None else decoder.maps_needed(cfg, dynamic), amp)
     prediction = model(seen.tokens, seen.grid, seen.dino_map)
     if masks is None:
-        pairs, dynamic = cam.class_pairs(labels), step >= cfg.dynamic_from
+        pairs = cam.class_pairs(labels)
         _, refined = decoder.label_images(cfg, encoders, images, seen, prediction, pairs, images.shape[-2:], dynamic)
         masks = refined.labels
     parts = decoder.losses(cfg, prediction, decoder.learned_affinity(prediction.fused), masks, step)
@@ -113,7 +114,8 @@ def evaluate(cfg, encoders, model: nn.Module, dataset, device, num_classes: int,
         image = item["image"].to(device)
         result = decoder.ladder(cfg, encoders, model, image, item["labels"], amp)
         if multi_scale:
-            result["multi-scale"] = decoder.multi_scale_logits(cfg, encoders, model, image, amp=amp).argmax(dim=0)
+            logits = decoder.multi_scale_logits(cfg, encoders, model, image, amp=amp)
+            result["multi-scale"] = decoder.enlarged_labels(logits, image.shape[-2:])
         for rung in rungs:
             matrices[rung] += data.confusion_matrix(item["mask"], result[rung].cpu(), num_classes)
         if rank == 0 and preview is not None and index < PREVIEW_ROWS * world:

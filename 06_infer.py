@@ -185,10 +185,13 @@ def segment(run: tuple, sample, args: argparse.Namespace, scored: bool, pool: Pr
         rungs = decoder.ladder(cfg, encoders, model, pixels, item["labels"], args.amp)
         labels = {rung: rungs[rung] for rung in CAM_RUNGS} | {SINGLE: rungs["segmentation"]}
     elif scored:
-        labels[SINGLE] = decoder.multi_scale_logits(cfg, encoders, model, pixels, (1,), False, args.amp).argmax(dim=0)
+        logits = decoder.multi_scale_logits(cfg, encoders, model, pixels, (1,), False, args.amp)
+        labels[SINGLE] = decoder.enlarged_labels(logits, image.shape[:2])
     logits = decoder.multi_scale_logits(cfg, encoders, model, pixels, args.scales, args.flip, args.amp)
-    labels[rung_name(args.scales, args.flip)] = logits.argmax(dim=0)
-    after_crf = pool.submit(crf_labels, image, *likely_classes(logits)) if pool else None
+    labels[rung_name(args.scales, args.flip)] = decoder.enlarged_labels(logits, image.shape[:2])
+    after_crf = None
+    if pool:
+        after_crf = pool.submit(crf_labels, image, *likely_classes(decoder.enlarge(logits, image.shape[:2])))
     return Segmented(image, item.get("mask"), {rung: x.to(torch.uint8).cpu() for rung, x in labels.items()}, after_crf)
 
 

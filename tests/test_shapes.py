@@ -38,7 +38,7 @@ def test_each_refinement_lifts_the_cams(scenes):
     for image, mask in scenes:
         pixels = data.normalize(image)[None]
         pairs = torch.tensor([(0, c) for c in data.mask_labels(mask)])
-        seen = backbone.look(encoders, pixels, decoder.maps_needed(cfg))
+        seen = backbone.look(encoders, pixels, decoder.maps_needed(cfg, dynamic=False))
         with torch.no_grad():
             prediction = model(seen.tokens, seen.grid)
         cams, refined = decoder.label_images(cfg, encoders, pixels, seen, prediction, pairs, mask.shape, dynamic=False)

@@ -1,8 +1,9 @@
 """Does each stage of 02 to 05 do what its docstring says? Each is held against something written in another way.
 
-The oracles are closed forms, slow loops, torch's own modules and the clip package. No file outside this folder is read;
-the numbers of the authors' code are in test_parity.py.
+The oracles are closed forms, slow loops (the longer ones in slow.py), torch's own modules and the clip package. No file
+outside this folder is read; the numbers of the authors' code are in test_parity.py.
 """
+import copy
 import math
 from importlib import import_module
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import golden
+import slow
 
 data = import_module("01_data")
 backbone = import_module("02_backbone")
@@ -278,32 +280,14 @@ def test_every_image_gets_one_pair_per_class_it_shows():
     assert cam.class_pairs(torch.zeros(2, 5)).shape == (0, 2)
 
 
-def one_cam_at_a_time(tower, tokens, text_fg, text_bg, classes, target, grid, scale):
-    """Grad-CAM the plain way: one image, one class, clip's own block with a hook on ln_1, one backward pass."""
-    visual, kept = tower.visual, {}
-
-    def keep(module, args, out):
-        kept["activations"] = out.requires_grad_()
-    block = visual.transformer.resblocks[-1]
-    hook = block.ln_1.register_forward_hook(keep)
-    out = block(tokens[:, None])[:, 0]  # clip's blocks want (T, B, D)
-    hook.remove()
-    embedding = visual.ln_post(out)[1:].mean(0) @ visual.proj
-    words = torch.cat([text_fg[classes], text_bg])
-    probs = (scale * F.cosine_similarity(embedding[None], words)).softmax(0)
-    (gradient,) = torch.autograd.grad(probs[classes.index(target)], kept["activations"])
-    weights = gradient[1:, 0].mean(0)
-    return (kept["activations"][1:, 0] @ weights).reshape(grid).detach(), probs.detach()
-
-
 @pytest.mark.parametrize("scale", [None, 25.0])
 def test_batched_cams_equal_one_backward_pass_per_class(tower, last_tokens, words, scale):
     pairs = cam.class_pairs(LABELS)
     cams, probs, _ = cam.grad_cam(tower, last_tokens, *words, pairs, (4, 5), logit_scale=scale)
     for i, (image, target) in enumerate(pairs.tolist()):
         classes = LABELS[image].nonzero()[:, 0].tolist()
-        expected, expected_probs = one_cam_at_a_time(tower, last_tokens[image], *words, classes, target, (4, 5),
-                                                     scale or tower.logit_scale.exp())
+        expected, expected_probs = slow.one_cam_at_a_time(tower, last_tokens[image], *words, classes, target, (4, 5),
+                                                          scale or tower.logit_scale.exp())
         close(cams[i], expected)
         close(probs[image][classes + [5, 6, 7]], expected_probs)
     assert (probs[1, 1:5] == 0).all()  # a class that the image does not show is not in its softmax
@@ -348,31 +332,11 @@ def test_cams_are_clipped_first_and_peak_just_below_one():
     assert int(255 * cams[0].max()) == 254
 
 
-def boxes_slowly(cams, fraction):
-    """Flood fill from every patch above the threshold; numpy and Python lists only."""
-    masks = np.zeros(cams.shape, bool)
-    for scores, mask in zip(cams.numpy(), masks):
-        grey = (scores * 255).astype(np.uint8)
-        above = grey > int(fraction * int(grey.max()))
-        height, width = grey.shape
-        while above.any():
-            region, todo = [], [tuple(np.argwhere(above)[0])]
-            while todo:
-                y, x = todo.pop()
-                if 0 <= y < height and 0 <= x < width and above[y, x]:
-                    above[y, x] = False
-                    region.append((y, x))
-                    todo += [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-            (top, left), (bottom, right) = np.min(region, 0), np.max(region, 0)
-            mask[top:min(bottom + 1, height - 1), left:min(right + 1, width - 1)] = True
-    return torch.from_numpy(masks)
-
-
 @pytest.mark.parametrize("grid", [(10, 12), (5, 5), (3, 15), (2, 9), (1, 12), (9, 1)])
 @pytest.mark.parametrize("fraction", [0.4, 0.7])
 def test_box_masks_equal_a_flood_fill(grid, fraction):
     cams = cam.normalize_cams(torch.randn(40, *grid, generator=torch.Generator().manual_seed(8)))
-    assert torch.equal(cam.box_masks(cams, fraction), boxes_slowly(cams, fraction))
+    assert torch.equal(cam.box_masks(cams, fraction), slow.boxes_by_flood_fill(cams, fraction))
 
 
 ANGLE = ["#" * 14] + 9 * ["#............."]
@@ -384,7 +348,7 @@ def test_a_long_region_is_one_box_however_far_its_ends_are(drawing):
     """Regions are found by spreading over neighbours; the rounds must suffice until both ends of the angle have met."""
     cams = torch.tensor([[[0.9 if c == "#" else 0.0 for c in row] for row in drawing]])
     for turned in (cams, cams.flip(1), cams.mT, cams.flip(2).mT):
-        assert torch.equal(cam.box_masks(turned, 0.4), boxes_slowly(turned, 0.4))
+        assert torch.equal(cam.box_masks(turned, 0.4), slow.boxes_by_flood_fill(turned, 0.4))
 
 
 def test_boxes_never_reach_the_last_row_and_column():
@@ -572,36 +536,13 @@ def test_activation_flows_along_the_rows_of_its_own_images_matrix():
             assert float(flow[p, i // 3, i % 3]) == pytest.approx(expected, rel=1e-5)
 
 
-def par_with_48_copies(image, masks, iterations):
-    """PAR the memory-hungry way: all neighbours of all pixels side by side, numpy, float64. (3, H, W), (X, H, W)."""
-    height, width = masks.shape[1:]
-    rows, columns = np.mgrid[:height, :width]
-    shifts = [(dy * d, dx * d) for d in (1, 2, 4, 8, 12, 24) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
-
-    def gather(x):  # (X, H, W) -> (48, X, H, W), the border repeated
-        return np.stack([x[:, (rows + dy).clip(0, height - 1), (columns + dx).clip(0, width - 1)] for dy, dx in shifts])
-
-    def softmax(x):
-        e = np.exp(x - x.max(0))
-        return e / e.sum(0)
-    neighbours = gather(image)
-    colour = -((abs(neighbours - image) / (neighbours.std(0, ddof=1) + 1e-8) / 0.3) ** 2).mean(1)
-    distances = np.array([math.hypot(*shift) for shift in shifts])
-    position = -((distances / (distances.std(ddof=1) + 1e-8) / 0.3) ** 2)
-    weights = softmax(colour) + 0.01 * softmax(position)[:, None, None]
-    for _ in range(iterations):
-        masks = (gather(masks) * weights[:, None]).sum(0)
-    return masks
-
-
 @pytest.mark.parametrize("size", [(11, 17), (40, 30)])
 def test_par_equals_the_form_with_48_copies(size):
     """11 x 17 is smaller than the farthest neighbour, so the replicated border reaches everywhere."""
     generator = torch.Generator().manual_seed(9)
     images, maps = torch.randn(2, 3, *size, generator=generator), torch.rand(2, 4, *size, generator=generator)
-    for image, masks, refined in zip(images, maps, decoder.par(images, maps, iterations=3)):
-        expected = par_with_48_copies(image.double().numpy(), masks.double().numpy(), 3)
-        close(refined.double(), torch.from_numpy(expected))
+    expected = slow.par_with_48_copies(images.double(), maps.double(), iterations=3)
+    close(decoder.par(images, maps, iterations=3).double(), expected)
 
 
 def test_par_stretches_the_image_onto_the_maps_with_corners_aligned():
@@ -653,7 +594,7 @@ def test_boxes_cut_columns_and_come_from_the_cam_before_the_probability(attentio
     images = torch.randn(2, 3, 8, 12, generator=generator)
     got = decoder.refine(cfg, images, cams, attention, learned, probs, pairs, (8, 12), dynamic=True)
     transition = decoder.transition_matrix(decoder.dynamic_affinity(attention, 4, learned))
-    masks = boxes_slowly(cams, 0.7)
+    masks = slow.boxes_by_flood_fill(cams, 0.7)
     assert masks[0].tolist() == [[True, True, False], [False, False, False]]
     for p, (image, c) in enumerate(pairs.tolist()):
         matrix = transition[image] * masks[p].flatten()[None, :]
@@ -823,8 +764,7 @@ def test_one_scale_without_mirror_is_a_plain_forward(world, picture):
     cfg, encoders, model = world
     image = F.interpolate(picture[None], size=(32, 40), mode="bilinear", align_corners=False)
     seen = backbone.look(encoders, image)
-    logits = model(seen.tokens, seen.grid, seen.dino_map).logits
-    expected = F.interpolate(logits, size=(27, 33), mode="bilinear", align_corners=False)[0].detach()
+    expected = model(seen.tokens, seen.grid, seen.dino_map).logits[0].detach()
     close(decoder.multi_scale_logits(cfg, encoders, model, picture, scales=(1,), flip=False), expected)
 
 
@@ -839,8 +779,7 @@ def test_scales_are_averaged_on_the_first_scales_grid(world, picture):
             logits = model(seen.tokens, seen.grid, seen.dino_map).logits.detach()
             logits = F.interpolate(logits, size=(4, 5), mode="bilinear", align_corners=False)
             maps.append(logits if x is image else logits.flip(-1))
-    expected = F.interpolate(sum(maps) / 4, size=(27, 33), mode="bilinear", align_corners=False)[0]
-    close(decoder.multi_scale_logits(cfg, encoders, model, picture), expected)
+    close(decoder.multi_scale_logits(cfg, encoders, model, picture), (sum(maps) / 4)[0])
 
 
 def test_a_mirrored_picture_has_mirrored_logits(world, picture):
@@ -868,7 +807,18 @@ def test_the_second_scale_is_sampled_by_the_factor_itself(world, picture, monkey
 def test_pictures_smaller_than_a_patch_are_segmented_at_their_own_size(world, size):
     cfg, encoders, model = world
     logits = decoder.multi_scale_logits(cfg, encoders, model, torch.randn(3, *size), scales=(1, 0.5))
-    assert logits.shape == (6, *size) and logits.isfinite().all()
+    assert logits.isfinite().all() and decoder.enlarged_labels(logits, size).shape == size
+
+
+@pytest.mark.parametrize("size", [(37, 50), (4, 5), (2, 3), (1, 90)])
+def test_labels_enlarged_class_by_class_are_those_of_all_classes_at_once(size):
+    """Bit for bit, ties included: whole numbers leave many pixels with two best classes, and the first one wins."""
+    logits = torch.randint(0, 3, (7, 4, 5), generator=torch.Generator().manual_seed(1)).float()
+    logits[5] = logits[2]
+    whole = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
+    labels = decoder.enlarged_labels(logits, size)
+    assert labels.dtype == torch.long and torch.equal(labels, whole.argmax(dim=0))
+    assert (whole == whole.amax(dim=0)).sum() > whole[0].numel() and len(labels.unique()) > 2
 
 
 def test_labelling_images_is_all_stages_in_a_row(world):
@@ -889,10 +839,43 @@ def test_labelling_images_is_all_stages_in_a_row(world):
         close(got.float(), wanted.float())
 
 
+@pytest.fixture
+def maps_formed(monkeypatch):
+    """One entry for each block of CLIP that 02 runs: was its attention map formed?"""
+    formed, attend = [], backbone.attend
+
+    def record(mha, x, with_map):
+        formed.append(with_map)
+        return attend(mha, x, with_map)
+    monkeypatch.setattr(backbone, "attend", record)
+    return formed
+
+
+@pytest.mark.parametrize("step, expected", [(0, [False, True, True]), (5, [False, False, True])])
+def test_a_step_forms_only_the_maps_that_it_reads(world, maps_formed, step, expected):
+    """Of 4 blocks the last is in 03; before the switch 3 maps are read, afterwards 2, that block's own included."""
+    cfg, encoders, model = world
+    cfg = decoder.replace(cfg, static_maps=3, dynamic_maps=2, dynamic_from=5)
+    images = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(3))
+    model = copy.deepcopy(model)
+    train.train_step(cfg, encoders, model, train.make_optimizer(model, 0.0), images, LABELS.float(), step)
+    assert maps_formed == expected
+
+
+def test_inference_forms_no_map_and_no_cam_and_sees_image_and_mirror_at_once(world, picture, maps_formed, monkeypatch):
+    cfg, encoders, model = world
+    sizes, look = [], backbone.look
+    monkeypatch.setattr(backbone, "look", lambda e, x, **k: sizes.append(len(x)) or look(e, x, **k))
+    monkeypatch.delattr(cam, "grad_cam")
+    monkeypatch.delattr(decoder, "par")
+    decoder.multi_scale_logits(cfg, encoders, model, picture, scales=(1, 1.5))
+    assert sizes == [2, 2] and maps_formed == [False] * 6
+
+
 def test_the_loss_trains_every_parameter_of_the_trained_part_and_nothing_else(world):
     cfg, encoders, model = world
     images = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(3))
-    seen = backbone.look(encoders, images, decoder.maps_needed(cfg))
+    seen = backbone.look(encoders, images, decoder.maps_needed(cfg, dynamic=True))
     prediction = model(seen.tokens, seen.grid, seen.dino_map)
     cams, refined = decoder.label_images(cfg, encoders, images, seen, prediction, cam.class_pairs(LABELS), (32, 40),
                                          dynamic=True)

@@ -85,7 +85,8 @@ def test_the_score_of_the_last_evaluation_is_that_of_the_predictions(world, tmp_
     matrix = np.zeros((4, 4))
     for sample in samples:
         pixels = data.normalize(data.load_image(sample.image))
-        found = decoder.multi_scale_logits(cfg, encoders, model, pixels).argmax(0).numpy()
+        logits = decoder.multi_scale_logits(cfg, encoders, model, pixels)
+        found = decoder.enlarge(logits, pixels.shape[-2:]).argmax(0).numpy()
         for truth, prediction in zip(data.load_mask(sample.mask, 4).ravel(), found.ravel()):
             matrix[truth, prediction] += 1
     iou = np.diag(matrix) / (matrix.sum(0) + matrix.sum(1) - np.diag(matrix))
