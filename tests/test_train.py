@@ -15,52 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-import golden
+from tiny import arguments, logged, read
 
 data = import_module("01_data")
 decoder = import_module("04_decoder")
 train = import_module("05_train")
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = dict(width=64, layers=3, patch=16, resolution=64, text_width=64, text_layers=1, embed=32)
-CLASSES = ("cat", "sofa", "tree house")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with twelve pictures (four of them for validation), masks, labels.csv, and two files of weights."""
-    root = tmp_path_factory.mktemp("pictures with spaces ü")
-    rng = np.random.default_rng(0)
-    (root / "images").mkdir()
-    (root / "masks").mkdir()
-    lines = []
-    for i in range(12):
-        coarse = rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((70, 84)).save(root / "images" / f"{i}.png")
-        mask = np.zeros((84, 70), np.uint8)
-        mask[10:60, 10:40] = 1 + i % 3
-        data.save_mask(root / "masks" / f"{i}.png", mask)
-        lines.append(f"{i}.png,{CLASSES[i % 3]},{'val' if i >= 8 else 'train'}")
-    (root / "labels.csv").write_text("\n".join(lines), encoding="utf-8")
-    torch.save(golden.clip_state_dict(TINY, seed=3), root / "clip.pt")
-    torch.save(golden.dino_state_dict(golden.DINO_LAYOUTS["tiny"], seed=4), root / "dino.pth")
-    return root
-
-
-def arguments(world, output, *more) -> list[str]:
-    """The command line of a tiny run."""
-    return [str(world), "--clip", str(world / "clip.pt"), "--dino", str(world / "dino.pth"), "--output-dir", str(output),
-            "--crop-size", "64", "--long-side", "64", "-b", "2", "-j", "0", "--device", "cpu", "--print-freq", "1", "--lr", "0.002",
-            *map(str, more)]
-
-
-def read(output, name="last.pt") -> dict:
-    return torch.load(output / name, weights_only=True)
-
-
-def logged(output) -> list[dict]:
-    with open(output / "log.csv", newline="", encoding="utf-8") as file:
-        return [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize("method", ["weclip+", "weclip"])
