@@ -48,6 +48,7 @@ def training(said: Path, argv: list[str], trick, environment: dict) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # of its loader workers: the server's way would cost seconds
     torch.set_num_threads(1)
     if trick:
         trick()
@@ -137,14 +138,14 @@ def whole(world, tmp_path_factory) -> Path:
 # --------------------------------------------------------------------------------------------------- stop at any time
 
 def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(world, whole, start, tmp_path):
-    """SIGKILL again and again, 0 to 0.5 s after a first step; workers or not, the run is the same bit for bit."""
+    """SIGKILL again and again, 0 to 1 s after a first step; workers or not, the run is the same bit for bit."""
     output, moments, killed = tmp_path / "run", random.Random(0), 0
     while killed < 50:
         resume = ["--resume"] if (output / "last.pt").is_file() else []
         rows = rows_of(output)
         process = start(tmp_path / "said", arguments(world, output, *TWENTY, "-j", 2 * (killed % 2), *resume))
         wait_for_a_step(process, output, rows)
-        process.join(moments.uniform(0, 0.5))
+        process.join(moments.uniform(0, 1))
         process.kill()
         if ended(process) == 0:
             break
@@ -156,50 +157,39 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(world, whole,
     assert_same_run(output, whole)
 
 
-def die_half_written():
-    """As if the power went while the third checkpoint is being written."""
-    dump, calls = torch.save, []
-
-    def save(checkpoint, file):
-        calls.append(1)
-        if len(calls) == 3:
-            file.write(b"PK half a checkpoint")
-            file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        dump(checkpoint, file)
-    torch.save = save
-
-
-def die_before(function):
-    """... or when it is written and not yet flushed, or not yet renamed."""
-    original, calls = getattr(os, function), []
+def die_at(module, function: str, file_of, first=lambda *_: None) -> None:
+    """The third time that `function` has to do with last.pt, the process does `first` and is killed."""
+    original, calls = getattr(module, function), []
 
     def dies(*args):
-        calls.append(1)
-        if len(calls) == 6:  # args.json, log.csv, scores.csv, then last.pt, best.pt, last.pt of one evaluation
+        calls.extend(["last.pt"] * ("last.pt" in str(file_of(*args))))
+        if len(calls) == 3:
+            first(*args)
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args)
-    setattr(os, function, dies)
+    setattr(module, function, dies)
+
+
+def die_half_written():
+    die_at(torch, "save", lambda _, file: file.name, lambda _, file: (file.write(b"PK half a checkpoint"), file.flush()))
 
 
 def die_before_flush():
-    die_before("fsync")
+    die_at(os, "fsync", lambda number: os.readlink(f"/proc/self/fd/{number}"))
 
 
 def die_before_rename():
-    die_before("replace")
+    die_at(os, "replace", lambda old, new: new)
 
 
-def test_killed_while_it_saves_last_pt_is_the_old_or_the_new_one(world, whole, start, tmp_path):
-    """Half written, not flushed, not renamed: what is there can always be read, and the run goes on from it."""
-    output, resume, steps = tmp_path / "run", [], []
-    for trick in (die_half_written, die_before_flush, die_before_rename):
+def test_killed_while_it_saves_last_pt_is_the_old_one_and_whole(world, whole, start, tmp_path):
+    """Half written, not flushed, not renamed: what is there can be read, and the run goes on from it."""
+    output, resume = tmp_path / "run", []
+    for trick, step in ((die_half_written, 4), (die_before_flush, 8), (die_before_rename, 12)):
         process = start(tmp_path / "said", arguments(world, output, *TWENTY, *resume), trick)
         assert ended(process) == -signal.SIGKILL
-        assert (output / "last.pt.tmp").is_file()
-        steps.append(decoder.read_checkpoint(output / "last.pt")["step"])
+        assert (output / "last.pt.tmp").is_file() and decoder.read_checkpoint(output / "last.pt")["step"] == step
         resume = ["--resume"]
-    assert steps[0] >= 4 and steps == sorted(steps) and steps[-1] < 20
     assert ended(start(tmp_path / "said", arguments(world, output, *TWENTY, *resume))) == 0
     assert_same_run(output, whole)
 
@@ -226,7 +216,7 @@ def test_sigterm_and_ctrl_c_save_and_say_how_to_go_on(world, whole, start, tmp_p
             send(process.pid, signal.SIGTERM if send is os.kill else signal.SIGINT)
         assert ended(process) == 0
         last = read(output)
-        assert last["step"] == len(logged(output)) > rows
+        assert last["step"] == len(logged(output)) >= rows
         assert f"stopped after step {last['step']}; go on with --resume --output-dir {output}" in messages(said)
         resume = ["--resume"]
     assert last["step"] % 4 == 0 and last["evaluated"] < last["step"]  # the evaluation is still to be made
@@ -242,7 +232,7 @@ def test_two_processes_killed_stopped_and_resumed_end_like_two_that_were_not(wor
     assert [ended(process) for process in ranks(start, 2, tmp_path / "w", arguments(world, whole, *TWENTY))] == [0, 0]
 
     processes = ranks(start, 2, tmp_path / "k", arguments(world, output, *TWENTY))
-    while processes[1].is_alive() and rows_of(output) < 4:
+    while processes[1].is_alive() and not (output / "last.pt").is_file():
         time.sleep(0.01)
     processes[1].kill()
     began = time.monotonic()
@@ -368,20 +358,19 @@ def small_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("room, file", [(1_000_000, "last.pt"), (100, "args.json")])
-def test_a_full_disk_leaves_the_old_files_whole_and_says_so(world, tmp_path, small_disk, room, file):
-    """Room for the log, not for a checkpoint; and room for nothing, which shows before the first step."""
+@pytest.mark.parametrize("room, file, rows", [(1_000_000, "last.pt", 3), (100, "args.json", 1)])
+def test_a_full_disk_leaves_the_old_files_whole_and_says_so(world, tmp_path, small_disk, room, file, rows):
+    """Room for the log and not for a checkpoint; room for nothing, which shows before the first step."""
     train.main(arguments(world, tmp_path, "--max-iters", 1))
-    before = {path: path.read_bytes() for path in tmp_path.glob("*.*") if path.name != "log.csv"}
-    rows = logged(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in ("last.pt", "best.pt", "scores.csv")}
     small_disk(room)
     with pytest.raises(data.DataError, match=f"{file} could not be written .*before is intact. Free some space"):
         train.main(arguments(world, tmp_path, "--max-iters", 3, "--resume"))
     small_disk(resource.RLIM_INFINITY)
-    assert {path: path.read_bytes() for path in before if path.name != "args.json" or file == "args.json"}.items() <= before.items()
-    assert logged(tmp_path)[:1] == rows and not list(tmp_path.glob("*.tmp"))
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert len(logged(tmp_path)) == rows and not list(tmp_path.glob("*.tmp"))
     train.main(arguments(world, tmp_path, "--max-iters", 3, "--resume"))
-    assert read(tmp_path)["step"] == 3
+    assert [row["step"] for row in logged(tmp_path)] == ["1", "2", "3"] and read(tmp_path)["step"] == 3
 
 
 def test_a_full_disk_at_a_line_of_the_log_names_the_log(tmp_path, small_disk):
@@ -514,6 +503,7 @@ class Bomb:
 
 @pytest.mark.parametrize("load", [decoder.read_checkpoint, backbone.load_clip, backbone.load_dino])
 @pytest.mark.parametrize("form", ["zip", "old", "TorchScript"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # OpenAI's form is an old one
 def test_no_file_of_weights_can_run_code(tmp_path, load, form):
     """torch.load trusts a file unless told not to; a file that poses as TorchScript must not get around that."""
     path = tmp_path / "weights.pt"
@@ -551,7 +541,7 @@ def test_mutated_checkpoints_are_refused_or_read_right(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    lambda c: c["config"].update(unheard_of=1), lambda c: c["config"].update(method=3), lambda c: c["model"].clear(),
+    lambda c: c["config"].update(unheard_of=1), lambda c: c["model"].clear(),
     lambda c: c["model"].update({"decoder.linear_pred.bias": torch.zeros(2)}), lambda c: c["clip"].clear(),
     lambda c: c["config"].update(depth="deep"), lambda c: c["classes"].append("dog")])
 def test_a_checkpoint_that_contradicts_itself_is_refused(world, one_step, change):
