@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
@@ -227,6 +228,15 @@ class Log:
                                  "--resume") from error
 
 
+def open_output(output: Path, settings: dict, progress: dict) -> tuple[Log, Log]:
+    """The folder of a run with args.json -> its log.csv and scores.csv, with the rows that `progress` has made already."""
+    (output / "preview").mkdir(parents=True, exist_ok=True)
+    text = json.dumps(settings, indent=1, ensure_ascii=False).encode()
+    write_atomically(output / "args.json", lambda file: file.write(text))
+    return (Log(output / "log.csv", LOG_COLUMNS, progress["step"]),
+            Log(output / "scores.csv", ("step", *RUNGS, "multi-scale"), progress["evaluated"]))
+
+
 def memory() -> str:
     """Peak memory of this process so far: of the GPU when there is one, else resident."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -272,9 +282,10 @@ def settle(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
     if 0 < usable < cfg.batch_size:
         raise data.DataError(f"{usable} images with a class in {split}, but {cfg.batch_size} in a batch "
                              f"({world} processes); take a smaller -b, or more images")
+    learned_from = repr([(sample.name, sample.labels) for sample in samples])  # masks may be added while a run pauses
     identity = {"method": cfg.method, "dataset": info.name, "classes": list(info.classes), "prompts": list(info.prompts),
-                "background": list(info.background), "split": split, "labels": data.describe(samples),
-                "supervised": args.supervised, "seed": args.seed, "amp": args.amp,
+                "background": list(info.background), "split": split, "supervised": args.supervised, "seed": args.seed,
+                "amp": args.amp, "samples": f"{len(samples)} images, check sum {zlib.crc32(learned_from.encode()):08x}",
                 "clip": {"name": clip_name, "fingerprint": backbone.fingerprint(encoders.clip)},
                 "dino": dino_name and {"name": dino_name, "fingerprint": backbone.fingerprint(encoders.dino)}}
     return info, root, samples, encoders, cfg, identity
@@ -294,9 +305,9 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     output = Path(args.output_dir or f"runs/{info.name}-{cfg.method}{'-supervised' * args.supervised}")
     progress = {"step": 0, "evaluated": 0, "best": -1.0}  # steps made, the last one that was scored, its best score
     if args.resume:
-        progress = resume(output / "last.pt" if args.resume == "last" else Path(args.resume), identity, cfg, model, optimizer)
-    start = progress["step"]
-
+        path = output / "last.pt" if args.resume == "last" else Path(args.resume)
+        progress = resume(path, identity, cfg, model, optimizer)
+    start, labels = progress["step"], data.describe(samples)
     train_set = data.TrainDataset(samples, info.num_classes, cfg.crop_size, args.seed, args.supervised, cfg.scale_range)
     draws = data.draw_batches(start, cfg.max_iters, cfg.batch_size // world, rank, world)
     batches = iter(DataLoader(train_set, batch_sampler=draws, num_workers=args.workers, worker_init_fn=leave_process_group,
@@ -305,15 +316,12 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     val_set = data.EvalDataset(val_samples, info.num_classes) if val_samples else None
 
     if rank == 0:
-        (output / "preview").mkdir(parents=True, exist_ok=True)
-        settings = {**identity, "config": asdict(cfg), "processes": world, "data_path": str(root), "torch": torch.__version__}
-        text = json.dumps(settings, indent=1, ensure_ascii=False).encode()
-        write_atomically(output / "args.json", lambda file: file.write(text))
-        log = Log(output / "log.csv", LOG_COLUMNS, start)
-        score_log = Log(output / "scores.csv", ("step", *RUNGS, "multi-scale"), progress["evaluated"])
+        settings = {**identity, "labels": labels, "config": asdict(cfg), "processes": world, "data_path": str(root),
+                    "torch": torch.__version__}
+        log, score_log = open_output(output, settings, progress)
     trained = sum(p.numel() for p in model.parameters())
     say(f"{cfg.method} on {info.name}, {'true masks' if args.supervised else 'image-level labels'}; {identity['split']}: "
-        f"{identity['labels']}; {train_set.skipped} skipped\n"
+        f"{labels}; {train_set.skipped} skipped\n"
         f"{trained:,} trained parameters on {device} x {world}, {cfg.batch_size} images per step, "
         f"steps {start} to {cfg.max_iters}, learning rate {cfg.lr:g} -> {output}")
 
@@ -329,14 +337,10 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
                           "optimizer": optimizer.state_dict()}
             write_atomically(output / name, partial(torch.save, checkpoint))
 
-    def due(step: int) -> bool:
-        """Is it time to score?"""
-        return val_set is not None and (step == cfg.max_iters or step % cfg.eval_every == 0)
-
     seconds, measured = 0.0, 0  # of the steps since the last line
     for step in range(start, cfg.max_iters + 1):
         last = step == cfg.max_iters
-        if due(step) and progress["evaluated"] < step:
+        if val_set and (last or step % cfg.eval_every == 0) and progress["evaluated"] < step:
             result = evaluate(cfg, encoders, model, val_set, device, info.num_classes, last, amp,
                               output / "preview" / f"step_{step:06d}.png", stop)
             if result is None:
@@ -374,17 +378,15 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
         seconds, measured = seconds + time.perf_counter() - clock, measured + 1
         if rank == 0 and (done % args.print_freq == 0 or done == cfg.max_iters):
             speed, seconds, measured = measured * cfg.batch_size / seconds, 0.0, 0
-            lr = optimizer.param_groups[0]["lr"]
+            lr, minutes = optimizer.param_groups[0]["lr"], (cfg.max_iters - done) * cfg.batch_size / speed / 60
             log.write(step=done, lr=f"{lr:.3e}", images_per_s=f"{speed:.1f}", **{k: f"{v:.6f}" for k, v in values.items()})
-            parts = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-            left = (cfg.max_iters - done) * cfg.batch_size / speed
-            say(f"step {done:6d}/{cfg.max_iters}  {parts}  lr {lr:.1e}  {speed:.1f} images/s  "
-                f"{left / 60:.0f} min left  {memory()}")
-        stopping = wanted_anywhere(stop)
-        if stopping or due(done) or done == cfg.max_iters or done % SAVE_EVERY == 0:
-            save("last.pt")
-        if stopping:
+            say(f"step {done:6d}/{cfg.max_iters}  " + "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+                + f"  lr {lr:.1e}  {speed:.1f} images/s  {minutes:.0f} min left  {memory()}")
+        if wanted_anywhere(stop):
             break
+        if done == cfg.max_iters or done % cfg.eval_every == 0 or done % SAVE_EVERY == 0:
+            save("last.pt")
+    save("last.pt")
     say(f"stopped after step {progress['step']}; go on with --resume --output-dir {output}")
 
 

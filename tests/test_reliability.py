@@ -415,7 +415,7 @@ def other_weights(world, tmp_path):
     (["--background", "sky"], r"background is \[.*'grass'.*\], this run has \['sky'\]"),
     (["--clip", "clip2.pt"], r"clip is .*clip.pt.*, this run has .*clip2.pt"),
     (["--dino", "dino2.pth"], r"dino is .*dino.pth.*, this run has .*dino2.pth"),
-    (["--split", "val"], r"split is train, this run has val; labels is 8 images.*, this run has 4 images"),
+    (["--split", "val"], r"split is train, this run has val; samples is 8 images.*, this run has 4 images"),
     (["--crop-size", "32"], "crop_size is 64, this run has 32"), (["-b", "4"], "batch_size is 2, this run has 4"),
     (["--lr", "0.1"], "lr is 0.002, this run has 0.1"), (["--seed", "1"], "seed is 0, this run has 1"),
     (["--supervised"], "supervised is False, this run has True"), (["--amp"], "amp is False, this run has True")])
@@ -447,6 +447,9 @@ def test_the_data_of_others_is_refused(world, one_step, tmp_path):
     dogs = relabelled(world, tmp_path / "dogs", "cat", "dog")
     with pytest.raises(data.DataError, match=r"classes is \['cat', .*\], this run has \['dog', "):
         train.main(arguments(dogs, one_step, "--max-iters", 2, "--resume"))
+    sofas = relabelled(world, tmp_path / "sofas", "6.png,cat", "6.png,sofa")
+    with pytest.raises(data.DataError, match=r"samples is 8 images, check sum \w+, this run has 8 images, check sum \w+\."):
+        train.main(arguments(sofas, one_step, "--max-iters", 2, "--resume"))
     for name, message in ((str(world), "unknown class 'dog'; wanted one of cat, sofa, tree house"),
                           ("shapes", "unknown class '.*'; wanted one of boat, butterfly"), ("voc", "no voc data in .*dogs"),
                           ("coco", "no images of train in .*dogs: neither train2014/")):
