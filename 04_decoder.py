@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed.nn.functional
+import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 
@@ -382,13 +382,25 @@ def refine(cfg: Config, images: torch.Tensor, cams: torch.Tensor, maps: torch.Te
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of x over all processes; backwards the sum of their gradients, since each process' loss depends on it."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    backward = forward
+
+
 def batch_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum of x over all processes; x itself when there is one. Gradients flow through it.
 
     Losses below are ratios of sums over the whole batch. With their sums taken over the processes, each process has the
     loss of the whole batch, and the mean of gradients that DistributedDataParallel takes is the gradient of that loss.
     """
-    return torch.distributed.nn.functional.all_reduce(x) if torch.distributed.is_initialized() else x
+    return SumOverProcesses.apply(x) if torch.distributed.is_initialized() else x
 
 
 def seg_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
