@@ -16,9 +16,11 @@ import csv
 import io
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import zlib
 from dataclasses import asdict, replace
@@ -182,10 +184,16 @@ def wanted_anywhere(stop: "StopRequest | None") -> bool:
     return stop is not None and sum_over_processes(torch.tensor(int(stop.requested))).item() > 0
 
 
-def leave_process_group(worker: int) -> None:
-    """A loader worker's first act. Ctrl-C and torchrun's signals go to whole groups; the training ends its workers."""
+def live_as_long_as_the_training(worker: int) -> None:
+    """A loader worker's first act. It ends when the training ends, however that does, and not by signals to both.
+
+    Ctrl-C and torchrun's signals go to whole process groups, but the training, which saves first, still needs its workers.
+    When it is killed, torch's own workers wait for ever if a server has started them, as on Linux from Python 3.14.
+    """
     if hasattr(os, "setsid"):  # not on Windows
         os.setsid()
+    training = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (training.join(), os._exit(1)), daemon=True).start()
 
 
 def write_atomically(path: Path, write) -> None:
@@ -310,8 +318,8 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     start, labels = progress["step"], data.describe(samples)
     train_set = data.TrainDataset(samples, info.num_classes, cfg.crop_size, args.seed, args.supervised, cfg.scale_range)
     draws = data.draw_batches(start, cfg.max_iters, cfg.batch_size // world, rank, world)
-    batches = iter(DataLoader(train_set, batch_sampler=draws, num_workers=args.workers, worker_init_fn=leave_process_group,
-                              pin_memory=device.type == "cuda"))
+    batches = iter(DataLoader(train_set, batch_sampler=draws, num_workers=args.workers,
+                              worker_init_fn=live_as_long_as_the_training, pin_memory=device.type == "cuda"))
     val_samples = [sample for sample in data.list_samples(info, root, "val") if sample.mask and sample.labels]
     val_set = data.EvalDataset(val_samples, info.num_classes) if val_samples else None
 

@@ -38,7 +38,7 @@ if not Path("/proc/self/fd").is_dir():
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = Path(os.environ.get("SHARED_FOLDER", ROOT.parent / "shared")) / "samples"
-PATIENCE = 60  # seconds until a process that should end counts as hanging; measured: 1 to 3
+PATIENCE = 120  # seconds until a process that should end counts as hanging; measured on an idle machine: 0.1 to 3
 TWENTY = ("--max-iters", 20, "--eval-every", 4)
 
 
@@ -56,6 +56,17 @@ def training(said: Path, argv: list[str], trick, environment: dict) -> None:
     if trick:
         trick()
     data.run(lambda: train.main(argv))
+
+
+def still_running(said: Path) -> list[str]:
+    """The trainings that print to `said`, or below it, and their loader workers, by number."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            found += [folder.name] * os.readlink(folder / "fd" / "1").startswith(str(said))
+        except OSError:  # has ended meanwhile, or is none of ours
+            pass
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +341,27 @@ def test_a_worker_that_is_killed_stops_the_run_with_a_reason(world, start, tmp_p
     os.kill(int(worker), signal.SIGKILL)
     assert ended(process) == 2
     assert "a loader process died; if memory ran out, take fewer with -j" in messages(said)
+
+
+def let_a_server_start_the_workers():
+    """As Python 3.14 does on Linux."""
+    multiprocessing.set_start_method("forkserver", force=True)
+
+
+@pytest.mark.parametrize("trick", [None, let_a_server_start_the_workers])
+def test_no_worker_outlives_a_training_that_is_killed(world, start, tmp_path, trick):
+    """However the workers were started. They would keep their memory until somebody looks."""
+    output, said = tmp_path / "run", tmp_path / "said"
+    process = start(said, arguments(world, output, "--max-iters", 10_000, "--eval-every", 10_000, "-j", 2), trick)
+    wait_for_a_step(process, output, 0)
+    assert len(still_running(said)) >= 3
+    process.kill()
+    ended(process)
+    for _ in range(10 * PATIENCE):
+        if not still_running(said):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"left over: {still_running(said)}")
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
