@@ -218,7 +218,8 @@ class Log:
         kept = []
         if last_step and path.is_file():
             with open(path, newline="", encoding="utf-8") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= last_step]
+                whole = (row for row in csv.DictReader(file) if None not in row.values())  # a full disk cuts a row
+                kept = [row for row in whole if int(row["step"]) <= last_step]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, extrasaction="ignore")
         writer.writeheader()

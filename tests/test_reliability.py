@@ -409,17 +409,17 @@ def test_a_full_disk_leaves_the_old_files_whole_and_says_so(world, tmp_path, sma
 
 
 def test_a_full_disk_at_a_line_of_the_log_names_the_log(tmp_path, small_disk):
-    """The first thing to fail may be the smallest one."""
+    """The first thing to fail may be the smallest one: of "10,0.123456" there is room for "1", which is no step 1."""
     log = train.Log(tmp_path / "log.csv", ("step", "total"), 0)
-    small_disk(40)
+    small_disk((tmp_path / "log.csv").stat().st_size + 2 * len("8,0.123456\r\n") + 1)
     with pytest.raises(data.DataError, match="log.csv could not be written"):
-        for step in range(10):
+        for step in (8, 9, 10):
             log.write(step=step, total=0.123456)
     small_disk(resource.RLIM_INFINITY)
-    resumed = train.Log(tmp_path / "log.csv", ("step", "total"), 1)
-    resumed.write(step=2, total=7)
+    assert (tmp_path / "log.csv").read_text().endswith("\n1")
+    train.Log(tmp_path / "log.csv", ("step", "total"), 9).write(step=10, total=7)
     with open(tmp_path / "log.csv") as file:
-        assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+        assert [row["step"] for row in csv.DictReader(file)] == ["8", "9", "10"]
 
 
 def test_an_output_directory_that_cannot_be_is_refused_before_the_first_step(world, tmp_path, monkeypatch):
