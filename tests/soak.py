@@ -5,7 +5,8 @@
 
 Linux only: it reads /proc, twice a second from the first evaluation on. It ends with status 1 unless: memory grows by
 less than 1 MB per 100 steps (resident, training and workers, least squares over the second half: caches are filled by
-then); there are no more file handles in the last 100 steps than before step 100 (medians); and afterwards no process is left, no zombie either.
+then); there are no more file handles in the last 100 steps than before step 100 (medians); and afterwards no process is
+left, no zombie either.
 """
 import os
 import subprocess
