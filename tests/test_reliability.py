@@ -162,7 +162,7 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(world, whole,
         rows = rows_of(output)
         process = start(tmp_path / "said", arguments(world, output, *TWENTY, "-j", 2 * (killed % 2), *resume))
         wait_for_a_step(process, output, rows)
-        process.join(moments.uniform(0, 0.8) * 1.2 ** killed)
+        process.join(moments.uniform(0, 0.8) * 1.4 ** killed)
         process.kill()
         if ended(process) == 0:
             break
