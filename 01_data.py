@@ -1037,6 +1037,26 @@ def draw_sheet(info: DatasetInfo, root: Path, split: str) -> Image.Image:
     return contact_sheet(pictures, captions, columns=6)
 
 
+def positive(text: str) -> float:
+    """The type of an option: a number above 0, and no slip of the keyboard."""
+    value = float(text)
+    if not 0 < value < 100:
+        raise ValueError
+    return value
+
+
+def count(text: str) -> int:
+    """The type of an option: 1, 2, 3, ..."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """The type of an option: 0, 1, 2, ..."""
+    return count(text) if int(text) else 0
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help=f"{', '.join(DATASETS)}, or a folder of your own")

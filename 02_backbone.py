@@ -77,7 +77,8 @@ def _clip_from_file(path: Path) -> nn.Module:
         raise data.DataError(f"{path}: no such CLIP file; give --clip a file or one of {clip.available_models()}")
     try:
         if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
-            return clip.load(str(path), device="cpu", jit=False)[0]  # OpenAI's TorchScript archive
+            archive = torch.jit.load(path, map_location="cpu")  # OpenAI's TorchScript; clip.load could fall back on pickle
+            return clip.model.build_model(archive.state_dict())
         state = torch.load(path, map_location="cpu", weights_only=True)
         if "token_embedding.words" in state:  # the toy file keeps only the rows that its world has words for
             words, rows = state.pop("token_embedding.words"), state.pop("token_embedding.rows")

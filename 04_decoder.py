@@ -15,6 +15,7 @@ D width of CLIP, M attention maps. Class 0 is the background; foreground class c
 import argparse
 import math
 import sys
+import zipfile
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed.nn.functional
+import torch.distributed
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
@@ -385,13 +386,25 @@ def refine(cfg: Config, images: torch.Tensor, cams: torch.Tensor, maps: torch.Te
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of x over all processes; backwards the sum of their gradients, since each process' loss depends on it."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    backward = forward
+
+
 def batch_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum of x over all processes; x itself when there is one. Gradients flow through it.
 
     Losses below are ratios of sums over the whole batch. With their sums taken over the processes, each process has the
     loss of the whole batch, and the mean of gradients that DistributedDataParallel takes is the gradient of that loss.
     """
-    return torch.distributed.nn.functional.all_reduce(x) if torch.distributed.is_initialized() else x
+    return SumOverProcesses.apply(x) if torch.distributed.is_initialized() else x
 
 
 def seg_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -590,21 +603,29 @@ def enlarged_labels(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+CHECKPOINT = {"step": int, "model": dict, "config": dict, "method": str, "dataset": str, "classes": list, "prompts": list,
+              "background": list, "clip": dict, "dino": (dict, type(None))}  # what 06 needs; 05 needs some more
+
+
 def read_checkpoint(path: str | Path) -> dict:
-    """The dict that 05_train saved: model, optimizer, step, config, method, dataset, classes, prompts, background, clip, dino.
+    """The dict that 05_train saved: CHECKPOINT, and what a training needs to go on.
 
     Raises  data.DataError for a missing, damaged or foreign file. Nothing in the file is ever executed
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch itself does not compare the check sums
+        if damaged is not None:
+            raise ValueError(f"the check sum of {damaged} differs")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise data.DataError(f"{path}: no such checkpoint; `python 05_train.py shapes` makes one in minutes") from None
-    except Exception as error:  # whatever torch raises on a foreign or truncated file
+    except Exception as error:  # whatever zipfile and torch raise on a foreign or truncated file
         raise data.DataError(f"{path}: not a checkpoint of 05_train.py, or damaged ({error})") from error
-    missing = {"step", "model", "config", "method", "dataset", "classes", "prompts", "background", "clip", "dino"} - set(
-        checkpoint if isinstance(checkpoint, dict) else ())
-    if missing:
-        raise data.DataError(f"{path}: not a checkpoint of 05_train.py: {', '.join(sorted(missing))} missing")
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
+    wrong = [key for key, kind in CHECKPOINT.items() if key not in entries or not isinstance(entries[key], kind)]
+    if wrong:
+        raise data.DataError(f"{path}: not a checkpoint of 05_train.py: {', '.join(wrong)} missing or of another type")
     return checkpoint
 
 
@@ -615,15 +636,20 @@ def restore(checkpoint: dict, path: str | Path, clip_name: str | None, dino_name
     Raises                data.DataError if the backbones are not those it was trained on
     """
     info = data.DatasetInfo(checkpoint["dataset"], *(tuple(checkpoint[k]) for k in ("classes", "prompts", "background")))
-    cfg = Config(**checkpoint["config"])
-    dino_name = (dino_name or checkpoint["dino"]["name"]) if checkpoint["dino"] else None
-    encoders = backbone.load_encoders(clip_name or checkpoint["clip"]["name"], dino_name, info, device)
-    for what, model in (("clip", encoders.clip), ("dino", encoders.dino)):
-        if model is not None and backbone.fingerprint(model) != checkpoint[what]["fingerprint"]:
-            raise data.DataError(f"{path}: trained on another {what}, {checkpoint[what]['name']} "
-                                  f"({checkpoint[what]['fingerprint']}); give that one with --{what}")
-    model = build_model(cfg, info.num_classes, encoders.clip, encoders.dino).to(device)
-    model.load_state_dict(checkpoint["model"])
+    names = {"clip": clip_name or checkpoint["clip"].get("name", "?"),
+             "dino": (dino_name or checkpoint["dino"].get("name", "?")) if checkpoint["dino"] else None}
+    encoders = backbone.load_encoders(names["clip"], names["dino"], info, device)
+    for what, name in names.items():
+        ours, theirs = name and backbone.fingerprint(getattr(encoders, what)), checkpoint[what] or {}
+        if ours != theirs.get("fingerprint"):
+            raise data.DataError(f"{path}: trained on another {what} than {name} ({ours}): on {theirs.get('name')} "
+                                 f"({theirs.get('fingerprint')}); give that one with --{what}")
+    try:
+        cfg = Config(**checkpoint["config"])
+        model = build_model(cfg, info.num_classes, encoders.clip, encoders.dino).to(device)
+        model.load_state_dict(checkpoint["model"])
+    except Exception as error:  # whatever a foreign file makes torch raise
+        raise data.DataError(f"{path}: its weights do not fit its own config and backbones ({error})") from error
     return info, cfg, encoders, model.eval()
 
 

@@ -13,13 +13,18 @@ A step: images -> frozen tokens, attention -> prediction -> CAM -> refined -> ps
 """
 import argparse
 import csv
+import io
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
+import zlib
 from dataclasses import asdict, replace
+from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -40,6 +45,14 @@ decoder = import_module("04_decoder")
 WARMUP_STEPS = 50
 SAVE_EVERY = 500  # steps, between evaluations
 PREVIEW_ROWS = 4
+PATIENCE = timedelta(minutes=10)  # how long a process waits for one that neither answers nor ends; others end at once
+LOG_COLUMNS = ("step", "lr", "total", "seg", "aff", "mutual_clip", "mutual_dino", "dice", "images_per_s")
+MAY_CHANGE = {"max_iters", "eval_every", "long_side"}  # when a run is resumed: how long it lasts and what it reports
+ENDINGS = {  # what torch says when something outside of the run has ended it -> what that means
+    "DataLoader worker": "a loader process died; if memory ran out, take fewer with -j",
+    "gloo": "another process of the run has ended or cannot be reached, its own message says why",
+    "NCCL": "another process of the run has ended or cannot be reached, its own message says why",
+    "out of memory": "the device has not enough memory; take a smaller -b"}
 RUNGS = ("CAM", "refined", "pseudo label", "segmentation")  # of the ladder, in the order in which they are made
 
 
@@ -95,13 +108,14 @@ def train_step(cfg, encoders, model: nn.Module, optimizer: torch.optim.Optimizer
 
 @torch.no_grad()
 def evaluate(cfg, encoders, model: nn.Module, dataset, device, num_classes: int, multi_scale: bool = False,
-             amp: torch.dtype | None = None, preview: Path | None = None) -> dict[str, dict]:
+             amp: torch.dtype | None = None, preview: Path | None = None, stop=None) -> dict[str, dict] | None:
     """The ladder on a whole split: for each rung the scores of one confusion matrix over all its images.
 
     dataset      01_data.EvalDataset with masks; the processes of a torchrun share its images, each image counts once
     multi_scale  score the multi-scale + flip segmentation as well
     preview      file for a picture of the first images, a row each: image, CAM, refined, pseudo label, prediction, truth
-    ->           {rung: 01_data.scores}
+    stop         a StopRequest, asked before each image
+    ->           {rung: 01_data.scores}; None if a process was asked to stop
     """
     rank, world = rank_and_world()
     was_training = model.training
@@ -110,6 +124,8 @@ def evaluate(cfg, encoders, model: nn.Module, dataset, device, num_classes: int,
     matrices = {rung: torch.zeros(num_classes, num_classes, dtype=torch.long) for rung in rungs}
     pictures = []
     for index in range(rank, len(dataset), world):
+        if stop is not None and stop.requested:
+            break
         item = dataset[index]
         image = item["image"].to(device)
         result = decoder.ladder(cfg, encoders, model, image, item["labels"], amp)
@@ -120,11 +136,13 @@ def evaluate(cfg, encoders, model: nn.Module, dataset, device, num_classes: int,
             matrices[rung] += data.confusion_matrix(item["mask"], result[rung].cpu(), num_classes)
         if rank == 0 and preview is not None and index < PREVIEW_ROWS * world:
             pictures += preview_row(data.load_image(dataset.samples[index].image), item, result)
+    model.train(was_training)
+    if wanted_anywhere(stop):
+        return None
     if pictures:
         captions = ["image", *RUNGS[:3], "prediction", "truth"] * (len(pictures) // 6)
         data.contact_sheet(pictures, captions, columns=6).save(preview)
-    model.train(was_training)
-    return {rung: data.scores(sum_over_processes(matrix, device)) for rung, matrix in matrices.items()}
+    return {rung: data.scores(sum_over_processes(matrix)) for rung, matrix in matrices.items()}
 
 
 def preview_row(image: np.ndarray, item: dict, result: dict) -> list[np.ndarray]:
@@ -141,13 +159,13 @@ def preview_row(image: np.ndarray, item: dict, result: dict) -> list[np.ndarray]
 
 
 def start_processes(wanted: str | None) -> torch.device:
-    """This process' device; under torchrun also the process group (nccl on CUDA, gloo elsewhere)."""
+    """This process' device; under torchrun also the process group: nccl between GPUs, gloo for what is on the CPU."""
     device = backbone.choose_device(wanted)
     if "RANK" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return device
 
 
@@ -156,21 +174,36 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def sum_over_processes(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The sum of x over all processes, on the CPU; x itself when there is one."""
-    if not dist.is_initialized():
-        return x
-    on_device = x.to(device)  # nccl reduces what lies on the GPU
-    dist.all_reduce(on_device)
-    return on_device.cpu()
+def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
+    """The sum of x, on the CPU, over all processes; x itself when there is one."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
 
-def save_atomically(checkpoint: dict, path: Path) -> None:
-    """Write under a temporary name, flush to the disk, rename: whatever happens, `path` is whole, old or new."""
+def wanted_anywhere(stop: "StopRequest | None") -> bool:
+    """Was any process asked to stop? All must stop after the same step: signals reach them at different ones."""
+    return stop is not None and sum_over_processes(torch.tensor(int(stop.requested))).item() > 0
+
+
+def live_as_long_as_the_training(worker: int) -> None:
+    """A loader worker's first act. It ends when the training ends, however that does, and not by signals to both.
+
+    Ctrl-C and torchrun's signals go to whole process groups, but the training, which saves first, still needs its workers.
+    When it is killed, torch's own workers wait for ever if a server has started them, as on Linux from Python 3.14.
+    """
+    if hasattr(os, "setsid"):  # not on Windows
+        os.setsid()
+    training = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (training.join(), os._exit(1)), daemon=True).start()
+
+
+def write_atomically(path: Path, write) -> None:
+    """write(file) under a temporary name, flush to the disk, rename: whatever happens, `path` is whole, old or new."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -181,21 +214,38 @@ def save_atomically(checkpoint: dict, path: Path) -> None:
 
 
 class Log:
-    """log.csv: one row per printed step, flushed; a resumed run drops the rows that it will make again."""
+    """A table in a CSV file, each row on the disk at once; a resumed run drops the rows that it will make again."""
 
-    def __init__(self, path: Path, columns: tuple[str, ...], start: int):
+    def __init__(self, path: Path, columns: tuple[str, ...], last_step: int):
         kept = []
-        if start and path.is_file():
+        if last_step and path.is_file():
             with open(path, newline="", encoding="utf-8") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
-        self.file = open(path, "w", newline="", encoding="utf-8")
+                whole = (row for row in csv.DictReader(file) if None not in row.values())  # a full disk cuts a row
+                kept = [row for row in whole if int(row["step"]) <= last_step]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(kept)
+        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+        self.path, self.file = path, open(path, "a", newline="", encoding="utf-8")
         self.writer = csv.DictWriter(self.file, columns, extrasaction="ignore")
-        self.writer.writeheader()
-        self.writer.writerows(kept)
 
     def write(self, **row) -> None:
-        self.writer.writerow(row)
-        self.file.flush()
+        try:
+            self.writer.writerow(row)
+            self.file.flush()
+        except OSError as error:
+            raise data.DataError(f"{self.path} could not be written ({error}). Free some space, then continue with "
+                                 "--resume") from error
+
+
+def open_output(output: Path, settings: dict, progress: dict) -> tuple[Log, Log]:
+    """The folder of a run with args.json -> its log.csv and scores.csv, with the rows that `progress` has made already."""
+    (output / "preview").mkdir(parents=True, exist_ok=True)
+    text = json.dumps(settings, indent=1, ensure_ascii=False).encode()
+    write_atomically(output / "args.json", lambda file: file.write(text))
+    return (Log(output / "log.csv", LOG_COLUMNS, progress["step"]),
+            Log(output / "scores.csv", ("step", *RUNGS, "multi-scale"), progress["evaluated"]))
 
 
 def memory() -> str:
@@ -215,16 +265,12 @@ def memory() -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> None:
-    """The whole of a training: what it needs is checked first, then step after step; see `train_step` for the method.
+def settle(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
+    """What does this run learn, from what, with which numbers? -> (DatasetInfo, root, samples, Encoders, Config, identity).
 
-    stop  asked after each step: `stop.requested` makes the run save and return
+    identity  what a checkpoint must have in common with the run that goes on from it, beside the Config
+    Raises    data.DataError for data, weights or numbers that are not there or do not go together
     """
-    rank, world = rank_and_world()
-    say = partial(print, flush=True) if rank == 0 else lambda *_: None
-    torch.manual_seed(args.seed)
-
-    # What is seen, and by whom
     info, root = data.dataset_info(args.dataset, args.background), data.find_root(args.dataset, args.data_path)
     split = args.split or next(iter(data.SPLITS[info.name]))
     samples = data.list_samples(info, root, split)
@@ -237,106 +283,146 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     cfg = replace(cfg, **{key: value for key, value in chosen.items() if value is not None})
     if args.supervised:
         cfg = replace(cfg, self_label_after=None)  # nothing is surer than a true mask
-    batch_size = args.batch_size or max(1, cfg.batch_size // world)
-    cfg = replace(cfg, batch_size=batch_size * world)
-
-    model = decoder.build_model(cfg, info.num_classes, encoders.clip, encoders.dino).to(device).train()
-    optimizer = make_optimizer(model, cfg.lr)
+    cfg = replace(cfg, batch_size=(args.batch_size or max(1, cfg.batch_size // world)) * world)
+    patch = encoders.clip.visual.conv1.kernel_size[0]
+    if args.crop_size and args.crop_size % patch:
+        lower = args.crop_size // patch * patch
+        raise data.DataError(f"--crop-size {args.crop_size} is no multiple of the patch of {clip_name}, {patch} pixels; "
+                             f"take {lower or patch} or {lower + patch}")
+    usable = sum(bool(sample.labels) for sample in samples)
+    if 0 < usable < cfg.batch_size:
+        raise data.DataError(f"{usable} images with a class in {split}, but {cfg.batch_size} in a batch "
+                             f"({world} processes); take a smaller -b, or more images")
+    learned_from = repr([(sample.name, sample.labels) for sample in samples])  # masks may be added while a run pauses
     identity = {"method": cfg.method, "dataset": info.name, "classes": list(info.classes), "prompts": list(info.prompts),
-                "background": list(info.background), "supervised": args.supervised,
+                "background": list(info.background), "split": split, "supervised": args.supervised, "seed": args.seed,
+                "amp": args.amp, "samples": f"{len(samples)} images, check sum {zlib.crc32(learned_from.encode()):08x}",
                 "clip": {"name": clip_name, "fingerprint": backbone.fingerprint(encoders.clip)},
                 "dino": dino_name and {"name": dino_name, "fingerprint": backbone.fingerprint(encoders.dino)}}
-    output = Path(args.output_dir or f"runs/{info.name}-{cfg.method}{'-supervised' * args.supervised}")
-    start, best = resume(args.resume, output, identity, model, optimizer) if args.resume else (0, -1.0)
+    return info, root, samples, encoders, cfg, identity
 
+
+def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> None:
+    """The whole of a training: what it needs is checked first, then step after step; see `train_step` for the method.
+
+    stop  asked after each step, and before each image of an evaluation: the run then saves and returns
+    """
+    rank, world = rank_and_world()
+    say = partial(print, flush=True) if rank == 0 else lambda *_: None
+    torch.manual_seed(args.seed)
+    info, root, samples, encoders, cfg, identity = settle(args, device, world)
+    model = decoder.build_model(cfg, info.num_classes, encoders.clip, encoders.dino).to(device).train()
+    optimizer = make_optimizer(model, cfg.lr)
+    output = Path(args.output_dir or f"runs/{info.name}-{cfg.method}{'-supervised' * args.supervised}")
+    progress = {"step": 0, "evaluated": 0, "best": -1.0}  # steps made, the last one that was scored, its best score
+    if args.resume:
+        path = output / "last.pt" if args.resume == "last" else Path(args.resume)
+        progress = resume(path, identity, cfg, model, optimizer)
+    start, labels = progress["step"], data.describe(samples)
     train_set = data.TrainDataset(samples, info.num_classes, cfg.crop_size, args.seed, args.supervised, cfg.scale_range)
-    batches = data.draw_batches(start, cfg.max_iters, batch_size, rank, world)
-    loader = DataLoader(train_set, batch_sampler=batches, num_workers=args.workers, pin_memory=device.type == "cuda")
+    draws = data.draw_batches(start, cfg.max_iters, cfg.batch_size // world, rank, world)
+    batches = iter(DataLoader(train_set, batch_sampler=draws, num_workers=args.workers,
+                              worker_init_fn=live_as_long_as_the_training, pin_memory=device.type == "cuda"))
     val_samples = [sample for sample in data.list_samples(info, root, "val") if sample.mask and sample.labels]
     val_set = data.EvalDataset(val_samples, info.num_classes) if val_samples else None
 
-    settings = {**identity, "config": asdict(cfg), "split": split, "labels": data.describe(samples), "seed": args.seed,
-                "processes": world, "amp": args.amp, "data_path": str(root), "torch": torch.__version__}
     if rank == 0:
-        (output / "preview").mkdir(parents=True, exist_ok=True)
-        (output / "args.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
-        log = Log(output / "log.csv", ("step", "lr", "total", "seg", "aff", "mutual_clip", "mutual_dino", "dice",
-                                       "images_per_s"), start)
-        score_log = Log(output / "scores.csv", ("step", *RUNGS, "multi-scale"), start)
+        settings = {**identity, "labels": labels, "config": asdict(cfg), "processes": world, "data_path": str(root),
+                    "torch": torch.__version__}
+        log, score_log = open_output(output, settings, progress)
     trained = sum(p.numel() for p in model.parameters())
-    say(f"{cfg.method} on {info.name}, {'true masks' if args.supervised else 'image-level labels'}; {split}: "
-        f"{data.describe(samples)}; {train_set.skipped} skipped\n"
+    say(f"{cfg.method} on {info.name}, {'true masks' if args.supervised else 'image-level labels'}; {identity['split']}: "
+        f"{labels}; {train_set.skipped} skipped\n"
         f"{trained:,} trained parameters on {device} x {world}, {cfg.batch_size} images per step, "
         f"steps {start} to {cfg.max_iters}, learning rate {cfg.lr:g} -> {output}")
 
     network = DistributedDataParallel(model) if dist.is_initialized() else model
     amp = backbone.half_precision(device) if args.amp else None
 
-    def save(name: str, step: int) -> None:
+    def save(name: str) -> None:
+        if not all(weight.isfinite().all() for weight in model.parameters()):  # in all processes alike
+            raise data.DataError(f"step {progress['step']}: weights are not finite any more, {output / name} is left as it "
+                                 "was; start again with a smaller --lr")
         if rank == 0:
-            save_atomically({**identity, "config": asdict(cfg), "step": step, "best": best, "seed": args.seed,
-                             "model": model.state_dict(), "optimizer": optimizer.state_dict()}, output / name)
+            checkpoint = {**identity, "config": asdict(cfg), **progress, "model": model.state_dict(),
+                          "optimizer": optimizer.state_dict()}
+            write_atomically(output / name, partial(torch.save, checkpoint))
 
-    clock, clock_step = time.time(), start
-    for step, batch in enumerate(loader, start):
+    seconds, measured = 0.0, 0  # of the steps since the last line
+    for step in range(start, cfg.max_iters + 1):
+        last = step == cfg.max_iters
+        if val_set and (last or step % cfg.eval_every == 0) and progress["evaluated"] < step:
+            result = evaluate(cfg, encoders, model, val_set, device, info.num_classes, last, amp,
+                              output / "preview" / f"step_{step:06d}.png", stop)
+            if result is None:
+                break
+            progress["evaluated"] = step
+            if result["segmentation"]["miou"] > progress["best"]:
+                progress["best"] = result["segmentation"]["miou"]
+                save("best.pt")
+            if rank == 0:
+                score_log.write(step=step, **{rung: f"{100 * result[rung]['miou']:.2f}" for rung in result})
+            save("last.pt")
+            say(f"mIoU at step {step}: " + "   ".join(f"{r} {100 * s['miou']:.1f}" for r, s in result.items()))
+            if last and rank == 0:
+                data.print_scores(result, info, f"{len(val_set)} images of val")
+        if last:
+            checkpoint = output / ("best.pt" if val_set else "last.pt")
+            where = "" if info.name == "shapes" and not args.data_path else f" --data-path {root}"
+            say(f"\nlook at {output / 'preview'}, then:\n    python 06_infer.py {checkpoint}{where}")
+            return
+
+        clock = time.perf_counter()
         torch.manual_seed(hash((args.seed, step, rank)))  # dropout of a step depends on nothing but these: runs resume
-        masks = batch["mask"].to(device).long() if args.supervised else None
         try:
+            batch = next(batches)
+            masks = batch["mask"].to(device).long() if args.supervised else None
             values = train_step(cfg, encoders, network, optimizer, batch["image"].to(device, non_blocking=True),
                                 batch["labels"], step, masks, amp)
+        except data.DataError:  # a picture that cannot be read: all steps so far are whole
+            save("last.pt")
+            raise
         except FloatingPointError as error:
-            save("last.pt", step)
-            raise data.DataError(f"{error}; images of the batch: {', '.join(batch['name'])}. The weights from before this step "
-                                 f"are in {output / 'last.pt'}; a smaller --lr may help") from error
-        done = step + 1
+            raise data.DataError(f"process {rank}: {error}; images of the batch: {', '.join(batch['name'])}. Nothing is saved "
+                                 f"of this step, {output / 'last.pt'} is left as it was; a smaller --lr may help") from error
+        progress["step"] = done = step + 1
+        seconds, measured = seconds + time.perf_counter() - clock, measured + 1
         if rank == 0 and (done % args.print_freq == 0 or done == cfg.max_iters):
-            speed = (done - clock_step) * cfg.batch_size / (time.time() - clock)
-            clock, clock_step = time.time(), done
-            lr = optimizer.param_groups[0]["lr"]
+            speed, seconds, measured = measured * cfg.batch_size / seconds, 0.0, 0
+            lr, minutes = optimizer.param_groups[0]["lr"], (cfg.max_iters - done) * cfg.batch_size / speed / 60
             log.write(step=done, lr=f"{lr:.3e}", images_per_s=f"{speed:.1f}", **{k: f"{v:.6f}" for k, v in values.items()})
-            parts = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-            left = (cfg.max_iters - done) * cfg.batch_size / speed
-            say(f"step {done:6d}/{cfg.max_iters}  {parts}  lr {lr:.1e}  {speed:.1f} images/s  "
-                f"{left / 60:.0f} min left  {memory()}")
-        last = done == cfg.max_iters
-        if val_set and (done % cfg.eval_every == 0 or last):
-            pause = time.time()
-            result = evaluate(cfg, encoders, model, val_set, device, info.num_classes, last, amp,
-                              output / "preview" / f"step_{done:06d}.png")
-            if result["segmentation"]["miou"] > best:
-                best = result["segmentation"]["miou"]
-                save("best.pt", done)
-            save("last.pt", done)
-            if rank == 0:
-                say(f"mIoU at step {done}: " + "   ".join(f"{r} {100 * s['miou']:.1f}" for r, s in result.items()))
-                if last:
-                    data.print_scores(result, info, f"{len(val_set)} images of val")
-                score_log.write(step=done, **{rung: f"{100 * result[rung]['miou']:.2f}" for rung in result})
-            clock += time.time() - pause
-        elif last or done % SAVE_EVERY == 0 or stop.requested:
-            save("last.pt", done)
-        if stop.requested and not last:
-            say(f"stopped after step {done}; go on with --resume --output-dir {output}")
-            return
-    checkpoint = output / ("best.pt" if val_set else "last.pt")
-    where = "" if info.name == "shapes" and not args.data_path else f" --data-path {root}"
-    say(f"\nlook at {output / 'preview'}, then:\n    python 06_infer.py {checkpoint}{where}")
+            say(f"step {done:6d}/{cfg.max_iters}  " + "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+                + f"  lr {lr:.1e}  {speed:.1f} images/s  {minutes:.0f} min left  {memory()}")
+        if wanted_anywhere(stop):
+            break
+        if done == cfg.max_iters or done % cfg.eval_every == 0 or done % SAVE_EVERY == 0:
+            save("last.pt")
+    save("last.pt")
+    say(f"stopped after step {progress['step']}; go on with --resume --output-dir {output}")
 
 
-def resume(wanted: str, output: Path, identity: dict, model: nn.Module, optimizer) -> tuple[int, float]:
-    """Continue a run: loads weights and optimiser -> (first step to make, best score so far).
+def resume(path: Path, identity: dict, cfg, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Go on from a checkpoint: its weights and optimiser are loaded -> its progress: step, evaluated, best.
 
-    Raises  data.DataError if the checkpoint is of another method, class list or backbone: both sides are named
+    Raises  data.DataError if it is damaged, or of a run of another method, data, backbone or number: both sides are named
     """
-    path = output / "last.pt" if wanted == "last" else Path(wanted)
     checkpoint = decoder.read_checkpoint(path)
-    for key, ours in identity.items():
-        if checkpoint.get(key) != ours:
-            raise data.DataError(f"{path}: {key} is {checkpoint.get(key)}, this run has {ours}; resume with the same "
-                                 "settings, or start a new run in another --output-dir")
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["step"], checkpoint["best"]
+
+    def essence(value):
+        return value.get("fingerprint") if isinstance(value, dict) else value  # weights may lie elsewhere by now
+
+    ours, theirs = {**asdict(cfg), **identity}, {**checkpoint["config"], **checkpoint}
+    changed = [f"{key} is {theirs.get(key)}, this run has {value}" for key, value in ours.items()
+               if key not in MAY_CHANGE and essence(theirs.get(key)) != essence(value)]
+    if changed:
+        raise data.DataError(f"{path}: {'; '.join(changed)}. Resume with the same settings, or start a new run in another "
+                             "--output-dir")
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        return {key: checkpoint[key] for key in ("step", "evaluated", "best")}
+    except Exception as error:  # whatever a foreign file makes torch raise
+        raise data.DataError(f"{path}: does not fit this run ({error})") from error
 
 
 class StopRequest:
@@ -364,18 +450,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--dino", metavar="NAME|FILE", help="default: dinov2_vits14 (shapes: its toy); WeCLIP+ only")
     p.add_argument("--split", help="training split (default: train_aug for voc, else train)")
     p.add_argument("--background", nargs="+", metavar="WORD", help="background words instead of the data set's")
-    p.add_argument("-b", "--batch-size", "--batch_size", type=int, help="images per step and process (default: the paper's)")
-    p.add_argument("-j", "--workers", type=int, default=2, help="loader processes (default: %(default)s)")
-    p.add_argument("--lr", type=float, help="of the decoder (default: the table in 04_decoder.py, as the five below)")
-    p.add_argument("--max-iters", "--max_iters", type=int, help="steps")
-    p.add_argument("--eval-every", "--eval_every", type=int, help="steps between evaluations")
-    p.add_argument("--crop-size", "--crop_size", type=int, help="pixels, of the training crops")
-    p.add_argument("--long-side", "--long_side", type=int, help="pixels, of the pictures that are evaluated")
-    p.add_argument("--dynamic-from", "--dynamic_from", type=int, help="step from which WeCLIP's affinity is the refined one")
-    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    p.add_argument("-b", "--batch-size", "--batch_size", type=data.count, help="images per step and process (default: the paper's)")
+    p.add_argument("-j", "--workers", type=data.natural, default=2, help="loader processes (default: %(default)s)")
+    p.add_argument("--lr", type=data.positive, help="of the decoder (default: the table in 04_decoder.py, as the five below)")
+    p.add_argument("--max-iters", "--max_iters", type=data.count, help="steps")
+    p.add_argument("--eval-every", "--eval_every", type=data.count, help="steps between evaluations")
+    p.add_argument("--crop-size", "--crop_size", type=data.count, help="pixels, of the training crops")
+    p.add_argument("--long-side", "--long_side", type=data.count, help="pixels, of the pictures that are evaluated")
+    p.add_argument("--dynamic-from", "--dynamic_from", type=data.natural, help="step from which WeCLIP's affinity is the refined one")
+    p.add_argument("--seed", type=data.natural, default=0, help="default: %(default)s")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="encoders in half precision")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
-    p.add_argument("--print-freq", "--print_freq", type=int, default=50, help="steps between lines (default: %(default)s)")
+    p.add_argument("--print-freq", "--print_freq", type=data.count, default=50, help="steps between lines (default: %(default)s)")
     return p.parse_args(argv)
 
 
@@ -384,9 +470,14 @@ def main(argv: list[str] | None = None) -> int:
     device = start_processes(args.device)
     try:
         run(args, device, StopRequest())
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except RuntimeError as error:
+        meaning = next((text for sign, text in ENDINGS.items() if sign in str(error)), None)
+        if meaning is None:
+            raise
+        raise data.DataError(f"process {rank_and_world()[0]}: {meaning} ({str(error).splitlines()[0]}). What was saved last "
+                             "is whole; go on with --resume") from error
+    if dist.is_initialized():
+        dist.destroy_process_group()  # not after an error: it would wait for processes that are gone
     return 0
 
 

@@ -325,26 +325,13 @@ def write_submission(path: str, folder: Path, names: list[str]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 100:
-        raise ValueError
-    return value
-
-
-def count(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", help="best.pt or last.pt of 05_train.py")
     p.add_argument("images", nargs="*", help="pictures or folders of pictures; without any: the split is scored")
     p.add_argument("--data-path", "--data_path", metavar="DIR", help="where the data lies (default: data/NAME)")
     p.add_argument("--split", default="val", help="which part of the data set (default: %(default)s)")
-    p.add_argument("--scales", type=positive, nargs="+", metavar="X", help="default: the checkpoint's, say 1 1.5")
+    p.add_argument("--scales", type=data.positive, nargs="+", metavar="X", help="default: the checkpoint's, say 1 1.5")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images too")
     p.add_argument("--crf", action="store_true", help="dense CRF on top (needs pydensecrf2)")
     p.add_argument("--cams", action="store_true", help="CAMs and pseudo labels too, from the split's labels")
@@ -355,7 +342,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--dino", metavar="NAME|FILE", help="default: as in training")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="encoders in half precision")
-    p.add_argument("-j", "--workers", type=count, default=max(1, min(8, (os.cpu_count() or 1) // 2)),
+    p.add_argument("-j", "--workers", type=data.count, default=max(1, min(8, (os.cpu_count() or 1) // 2)),
                    help="processes for the CRF (default: half of the cores, at most 8)")
     return p.parse_intermixed_args(argv)  # `ckpt --crf cat.jpg` too
 

@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -687,7 +688,11 @@ def test_a_train_image_without_any_label_file_is_missed(voc):
 
 
 def test_mutated_files_end_in_a_clean_error_or_a_result(voc, coco, tmp_path):
-    """300 files with some bytes changed, cut or doubled (fixed seeds): nothing but DataError ever comes out."""
+    """300 files with some bytes changed, cut or doubled (fixed seeds): nothing but DataError ever comes out, each within
+    10 s, and no more than 1 GB of memory is taken (a forged size may take what Pillow's limit allows)."""
+    resource = pytest.importorskip("resource", reason="needs the limits and alarms of Unix")
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     folder = tmp_path / "own"
     picture(folder / "a.jpg")
     (folder / "labels.csv").write_text("file,classes\na.jpg,cat;dog\n")
@@ -712,13 +717,17 @@ def test_mutated_files_end_in_a_clean_error_or_a_result(voc, coco, tmp_path):
             path.write_bytes(content)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's remarks on broken metadata
+                signal.alarm(10)
                 try:
                     read()
                 except data.DataError:
                     refused += 1
+                finally:
+                    signal.alarm(0)
         path.write_bytes(whole)
         read()
     assert 100 < refused < 300
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20  # kB
 
 
 # ---------------------------------------------------------------- the command line

@@ -1,0 +1,641 @@
+"""Stopped, killed, broken, full: does a training lose nothing, and say what happened?
+
+The trainings here are processes of their own that get real signals. They are forked from a server that has imported
+torch once (Python's own "forkserver"), so that a start takes no seconds; `ranks` starts them as torchrun would.
+"""
+import csv
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import golden
+import tiny
+from tiny import arguments, logged, read
+
+data = import_module("01_data")
+backbone = import_module("02_backbone")
+decoder = import_module("04_decoder")
+train = import_module("05_train")
+infer = import_module("06_infer")
+
+resource = pytest.importorskip("resource", reason="needs the signals and limits of Unix")
+if not Path("/proc/self/fd").is_dir():
+    pytest.skip("needs Linux: looks into /proc", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLES = Path(os.environ.get("SHARED_FOLDER", ROOT.parent / "shared")) / "samples"
+PATIENCE = 120  # seconds until a process that should end counts as hanging; measured on an idle machine: 0.1 to 3
+TWENTY = ("--max-iters", 20, "--eval-every", 4)
+
+
+# ------------------------------------------------------------------------------------------ trainings to be mistreated
+
+def training(said: Path, argv: list[str], trick, environment: dict) -> None:
+    """What a started process does: 05_train with this command line; what it prints goes to the file `said`."""
+    os.setsid()  # as torchrun does; so that a signal to its group is none to pytest
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # of its loader workers: the server's way would cost seconds
+    torch.set_num_threads(1)
+    if trick:
+        trick()
+    data.run(lambda: train.main(argv))
+
+
+def still_running(said: Path) -> list[str]:
+    """The trainings that print to `said`, or below it, and their loader workers, by number."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            found += [folder.name] * os.readlink(folder / "fd" / "1").startswith(str(said))
+        except OSError:  # has ended meanwhile, or is none of ours
+            pass
+    return found
+
+
+@pytest.fixture(scope="module")
+def start():
+    """start(said, argv, trick, environment) -> the running process; whatever still runs afterwards is killed."""
+    context, running = multiprocessing.get_context("forkserver"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        context.set_forkserver_preload([__name__])
+
+        def starter(said, argv, trick=None, environment=None):
+            process = context.Process(target=training, args=(said, argv, trick, environment or {}))
+            process.start()
+            running.append(process)
+            return process
+
+        yield starter
+    for process in running:
+        process.kill()
+
+
+def ended(process) -> int:
+    """The exit status; a process that does not end fails the test."""
+    process.join(PATIENCE)
+    assert process.exitcode is not None, "hangs"
+    return process.exitcode
+
+
+def ranks(start, world_size: int, said: Path, argv: list[str], trick=None) -> list:
+    """The processes of a torchrun without torchrun, which would end the others when one dies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(said.with_name(f"{said.name}{rank}"), argv, trick,
+                  {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(world_size)]
+
+
+def wait_for_a_step(process, output: Path, rows: int) -> None:
+    """Until log.csv has more rows than before, or the process has ended."""
+    for _ in range(100 * PATIENCE):
+        if not process.is_alive() or ((output / "log.csv").is_file() and len(logged(output)) > rows):
+            return
+        time.sleep(0.01)
+    raise AssertionError("no step is made")
+
+
+def rows_of(output: Path) -> int:
+    """Rows of log.csv that a resumed run keeps."""
+    return read(output)["step"] if (output / "last.pt").is_file() else 0
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Log, scores, pictures, both checkpoints with the optimiser: everything bit for bit."""
+    assert logged(ours) == logged(theirs)
+    assert (ours / "scores.csv").read_text() == (theirs / "scores.csv").read_text()
+    for name in sorted(path.name for path in (theirs / "preview").iterdir()):
+        assert (ours / "preview" / name).read_bytes() == (theirs / "preview" / name).read_bytes(), name
+    for name in ("last.pt", "best.pt"):
+        a, b = read(ours, name), read(theirs, name)
+        assert (a["step"], a["best"]) == (b["step"], b["best"])
+        assert all(torch.equal(a["model"][key], b["model"][key]) for key in b["model"])
+        for index, state in b["optimizer"]["state"].items():
+            assert all(torch.equal(a["optimizer"]["state"][index][key], state[key]) for key in state)
+
+
+def messages(*files: Path) -> str:
+    """What was said, which is never a traceback, nor a library's warning."""
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    assert "Traceback" not in text and "Warning" not in text, text
+    return text
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory) -> Path:
+    """20 steps that nothing disturbs, without workers: what all others are compared with."""
+    output = tmp_path_factory.mktemp("whole")
+    train.main(arguments(world, output, *TWENTY))
+    assert [row["step"] for row in logged(output)] == [str(step) for step in range(1, 21)]
+    return output
+
+
+# --------------------------------------------------------------------------------------------------- stop at any time
+
+def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(world, whole, start, tmp_path):
+    """SIGKILL again and again, some time after a first step; workers or not, the run is the same bit for bit.
+
+    The times grow: on a busy machine a run that is always killed in its first second would never reach a checkpoint.
+    """
+    output, moments, killed = tmp_path / "run", random.Random(0), 0
+    while killed < 50:
+        resume = ["--resume"] if (output / "last.pt").is_file() else []
+        rows = rows_of(output)
+        process = start(tmp_path / "said", arguments(world, output, *TWENTY, "-j", 2 * (killed % 2), *resume))
+        wait_for_a_step(process, output, rows)
+        process.join(moments.uniform(0, 0.8) * 1.4 ** killed)
+        process.kill()
+        if ended(process) == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        killed += 1
+    print(f"killed {killed} times")
+    assert killed >= 2
+    messages(tmp_path / "said")
+    assert_same_run(output, whole)
+
+
+def die_at(module, function: str, file_of, first=lambda *_: None) -> None:
+    """The third time that `function` has to do with last.pt, the process does `first` and is killed."""
+    original, calls = getattr(module, function), []
+
+    def dies(*args):
+        calls.extend(["last.pt"] * ("last.pt" in str(file_of(*args))))
+        if len(calls) == 3:
+            first(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+    setattr(module, function, dies)
+
+
+def die_half_written():
+    die_at(torch, "save", lambda _, file: file.name, lambda _, file: (file.write(b"PK half a checkpoint"), file.flush()))
+
+
+def die_before_flush():
+    die_at(os, "fsync", lambda number: os.readlink(f"/proc/self/fd/{number}"))
+
+
+def die_before_rename():
+    die_at(os, "replace", lambda old, new: new)
+
+
+def test_killed_while_it_saves_last_pt_is_the_old_one_and_whole(world, whole, start, tmp_path):
+    """Half written, not flushed, not renamed: what is there can be read, and the run goes on from it."""
+    output, resume = tmp_path / "run", []
+    for trick, step in ((die_half_written, 4), (die_before_flush, 8), (die_before_rename, 12)):
+        process = start(tmp_path / "said", arguments(world, output, *TWENTY, *resume), trick)
+        assert ended(process) == -signal.SIGKILL
+        assert (output / "last.pt.tmp").is_file() and decoder.read_checkpoint(output / "last.pt")["step"] == step
+        resume = ["--resume"]
+    assert ended(start(tmp_path / "said", arguments(world, output, *TWENTY, *resume))) == 0
+    assert_same_run(output, whole)
+
+
+def ask_for_a_stop_in_an_evaluation():
+    """SIGTERM while the first picture of an evaluation is looked at."""
+    ladder = decoder.ladder
+
+    def asks(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return ladder(*args)
+    decoder.ladder = asks
+
+
+def test_sigterm_and_ctrl_c_save_and_say_how_to_go_on(world, whole, start, tmp_path):
+    """Between steps or in an evaluation; Ctrl-C reaches the loader's workers too, which must not mind."""
+    output, resume = tmp_path / "run", []
+    for send, trick in ((os.kill, None), (os.killpg, None), (None, ask_for_a_stop_in_an_evaluation)):
+        rows = rows_of(output)
+        said = tmp_path / f"said{rows}"
+        process = start(said, arguments(world, output, *TWENTY, "-j", 2, *resume), trick)
+        if send:
+            wait_for_a_step(process, output, rows)
+            send(process.pid, signal.SIGTERM if send is os.kill else signal.SIGINT)
+        assert ended(process) == 0
+        last = read(output)
+        assert last["step"] == len(logged(output)) >= rows
+        assert f"stopped after step {last['step']}; go on with --resume --output-dir {output}" in messages(said)
+        resume = ["--resume"]
+    assert last["step"] % 4 == 0 and last["evaluated"] < last["step"]  # the evaluation is still to be made
+    train.main(arguments(world, output, *TWENTY, "--resume"))
+    assert_same_run(output, whole)
+
+
+# ------------------------------------------------------------------------------------------------------ many processes
+
+def test_two_processes_killed_stopped_and_resumed_end_like_two_that_were_not(world, start, tmp_path):
+    """A rank that is killed does not leave the other one hanging; a stop asked of one rank is one of all, at one step."""
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    assert [ended(process) for process in ranks(start, 2, tmp_path / "w", arguments(world, whole, *TWENTY))] == [0, 0]
+
+    processes = ranks(start, 2, tmp_path / "k", arguments(world, output, *TWENTY))
+    while processes[1].is_alive() and not (output / "last.pt").is_file():
+        time.sleep(0.01)
+    processes[1].kill()
+    began = time.monotonic()
+    assert ended(processes[0]) == 2
+    print(f"the other one ended after {time.monotonic() - began:.1f} s")
+    assert "process 0: another process of the run has ended" in messages(tmp_path / "k0")
+
+    command = arguments(world, output, *TWENTY, "--resume", "-j", 1)
+    rows = rows_of(output)
+    processes = ranks(start, 2, tmp_path / "s", command)
+    wait_for_a_step(processes[0], output, rows)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert [ended(process) for process in processes] == [0, 0]
+    assert f"stopped after step {rows_of(output)};" in messages(tmp_path / "s0", tmp_path / "s1")
+
+    assert [ended(process) for process in ranks(start, 2, tmp_path / "e", command)] == [0, 0]
+    messages(tmp_path / "e0", tmp_path / "e1")
+    assert_same_run(output, whole)
+
+
+def test_torchrun_told_to_stop_saves_on_all_ranks(world, tmp_path):
+    """torchrun hands SIGTERM to the process group of each rank, loader workers included, and waits 30 seconds."""
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "05_train.py"),
+               *arguments(world, output, "--max-iters", 10_000, "--eval-every", 10_000, "-j", 1)]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, cwd=tmp_path)
+    while process.poll() is None and not ((output / "log.csv").is_file() and len(logged(output)) > 2):
+        time.sleep(0.1)
+    process.terminate()
+    process.wait(PATIENCE)
+    text = (tmp_path / "said").read_text()
+    assert "stopped after step" in text and "error:" not in text and "FutureWarning" not in text, text
+    assert read(output)["step"] == len(logged(output))
+
+
+def poison():
+    """From the fourth step on the loss is not a number."""
+    losses = decoder.losses
+    decoder.losses = lambda *a: {name: loss * (float("nan") if a[-1] >= 3 else 1) for name, loss in losses(*a).items()}
+
+
+def test_a_loss_that_is_not_finite_stops_all_processes_and_names_their_images(world, start, tmp_path):
+    """Each process names its own; the last good checkpoint is left as it was."""
+    output = tmp_path / "run"
+    argv = arguments(world, output, "--max-iters", 6, "--eval-every", 2)
+    assert [ended(process) for process in ranks(start, 2, tmp_path / "said", argv, poison)] == [2, 2]
+    info = data.dataset_info(str(world))
+    views = data.TrainDataset(data.list_samples(info, world, "train"), info.num_classes, 64)
+    for rank, draws in enumerate(((12, 13), (14, 15))):
+        names = ", ".join(views[draw]["name"] for draw in draws)
+        assert f"process {rank}: step 3: the loss is nan; images of the batch: {names}." in messages(tmp_path / f"said{rank}")
+    last = read(output)
+    assert last["step"] == 2 and all(weight.isfinite().all() for weight in last["model"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(world, tmp_path, monkeypatch):
+    """A gradient may overflow under a finite loss; the next checkpoint must not replace the last good one."""
+    def broken_step(cfg, encoders, model, *_):
+        next(model.parameters()).data[:] = float("inf")
+        return {"total": 1.0}
+    train.main(arguments(world, tmp_path, "--max-iters", 1))
+    before = (tmp_path / "last.pt").read_bytes()
+    monkeypatch.setattr(train, "train_step", broken_step)
+    with pytest.raises(data.DataError, match="step 2: weights are not finite any more, .*last.pt is left as it was"):
+        train.main(arguments(world, tmp_path, "--max-iters", 2, "--resume"))
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_picture_that_breaks_stops_all_processes_and_no_step_is_lost(world, start, tmp_path):
+    """The file is named by the process that met it, in a worker; what was learned until then is saved."""
+    copy, output = shutil.copytree(world, tmp_path / "copy"), tmp_path / "run"
+    info = data.dataset_info(str(copy))
+    views = data.TrainDataset(data.list_samples(info, copy, "train"), info.num_classes, 64)
+    victim = Path(views.samples[data.epoch_order(0, 0, 8)[6]].image)  # the 7th draw: rank 1 in the second step
+    victim.write_bytes(victim.read_bytes()[:300])
+    argv = arguments(copy, output, "--max-iters", 4, "-j", 1)
+    assert [ended(process) for process in ranks(start, 2, tmp_path / "said", argv)] == [2, 2]
+    assert f"error: {victim}: cannot be read as a picture" in messages(tmp_path / "said1")
+    assert "another process of the run has ended" in messages(tmp_path / "said0")
+
+    assert ended(start(tmp_path / "alone", arguments(copy, output, "--max-iters", 4, "-b", 4, "-j", 1))) == 2
+    assert str(victim) in messages(tmp_path / "alone") and read(output)["step"] == 1
+
+
+def test_a_worker_that_is_killed_stops_the_run_with_a_reason(world, start, tmp_path):
+    """As the kernel does when memory runs out. No checkpoint is lost."""
+    output, said = tmp_path / "run", tmp_path / "said"
+    process = start(said, arguments(world, output, "--max-iters", 10_000, "--eval-every", 10_000, "-j", 1))
+    wait_for_a_step(process, output, 0)
+    (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    assert ended(process) == 2
+    assert "a loader process died; if memory ran out, take fewer with -j" in messages(said)
+
+
+def let_a_server_start_the_workers():
+    """As Python 3.14 does on Linux."""
+    multiprocessing.set_start_method("forkserver", force=True)
+
+
+@pytest.mark.parametrize("trick", [None, let_a_server_start_the_workers])
+def test_no_worker_outlives_a_training_that_is_killed(world, start, tmp_path, trick):
+    """However the workers were started. They would keep their memory until somebody looks."""
+    output, said = tmp_path / "run", tmp_path / "said"
+    process = start(said, arguments(world, output, "--max-iters", 10_000, "--eval-every", 10_000, "-j", 2), trick)
+    wait_for_a_step(process, output, 0)
+    assert len(still_running(said)) >= 3
+    process.kill()
+    ended(process)
+    for _ in range(10 * PATIENCE):
+        if not still_running(said):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"left over: {still_running(said)}")
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_evaluation_counts_each_image_once_for_any_number_of_processes(world, whole, world_size, monkeypatch):
+    """4 pictures among 2, 3 and 5 processes: the sum of their confusion matrices is that of one."""
+    info, cfg, encoders, model = decoder.restore(read(whole), "last.pt", None, None, "cpu")
+    dataset = data.EvalDataset(data.list_samples(info, world, "val"), info.num_classes)
+
+    def matrices(rank, size):
+        found = []
+        monkeypatch.setattr(train, "rank_and_world", lambda: (rank, size))
+        monkeypatch.setattr(train, "sum_over_processes", lambda x: found.append(x) or x)
+        train.evaluate(cfg, encoders, model, dataset, torch.device("cpu"), info.num_classes)
+        return torch.stack(found)
+
+    shares = [matrices(rank, world_size) for rank in range(world_size)]
+    expected = matrices(0, 1)
+    assert torch.equal(sum(shares), expected)
+    assert expected.sum(dim=(1, 2)).tolist() == [4 * 84 * 70] * 4
+
+
+# ---------------------------------------------------------------------------------------------------------- full disks
+
+@pytest.fixture
+def small_disk():
+    """small_disk(n): no file can grow beyond n bytes any more, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room, file, rows", [(1_000_000, "last.pt", 3), (100, "args.json", 1)])
+def test_a_full_disk_leaves_the_old_files_whole_and_says_so(world, tmp_path, small_disk, room, file, rows):
+    """Room for the log and not for a checkpoint; room for nothing, which shows before the first step."""
+    train.main(arguments(world, tmp_path, "--max-iters", 1))
+    before = {name: (tmp_path / name).read_bytes() for name in ("last.pt", "best.pt", "scores.csv")}
+    small_disk(room)
+    with pytest.raises(data.DataError, match=f"{file} could not be written .*before is intact. Free some space"):
+        train.main(arguments(world, tmp_path, "--max-iters", 3, "--resume"))
+    small_disk(resource.RLIM_INFINITY)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert len(logged(tmp_path)) == rows and not list(tmp_path.glob("*.tmp"))
+    train.main(arguments(world, tmp_path, "--max-iters", 3, "--resume"))
+    assert [row["step"] for row in logged(tmp_path)] == ["1", "2", "3"] and read(tmp_path)["step"] == 3
+
+
+def test_a_full_disk_at_a_line_of_the_log_names_the_log(tmp_path, small_disk):
+    """The first thing to fail may be the smallest one: of "10,0.123456" there is room for "1", which is no step 1."""
+    log = train.Log(tmp_path / "log.csv", ("step", "total"), 0)
+    small_disk((tmp_path / "log.csv").stat().st_size + 2 * len("8,0.123456\r\n") + 1)
+    with pytest.raises(data.DataError, match="log.csv could not be written"):
+        for step in (8, 9, 10):
+            log.write(step=step, total=0.123456)
+    small_disk(resource.RLIM_INFINITY)
+    assert (tmp_path / "log.csv").read_text().endswith("\n1")
+    train.Log(tmp_path / "log.csv", ("step", "total"), 9).write(step=10, total=7)
+    with open(tmp_path / "log.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["8", "9", "10"]
+
+
+def test_an_output_directory_that_cannot_be_is_refused_before_the_first_step(world, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("a step was made"))
+    with pytest.raises(OSError, match="file"):  # 01_data.run prints it without a traceback
+        train.main(arguments(world, tmp_path / "file" / "run", "--max-iters", 1))
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+@pytest.fixture(scope="module")
+def one_step(world, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("one step")
+    train.main(arguments(world, output, "--max-iters", 1))
+    return output
+
+
+def other_weights(world, tmp_path):
+    """Weights of the same sizes with other numbers, and the same ones under another name."""
+    torch.save(golden.clip_state_dict(tiny.CLIP, seed=8), tmp_path / "clip2.pt")
+    torch.save(golden.dino_state_dict(golden.DINO_LAYOUTS["tiny"], seed=8), tmp_path / "dino2.pth")
+    shutil.copy(world / "clip.pt", tmp_path / "moved.pt")
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--method", "weclip"], r"method is weclip\+, this run has weclip;"),
+    (["--background", "sky"], r"background is \[.*'grass'.*\], this run has \['sky'\]"),
+    (["--clip", "clip2.pt"], r"clip is .*clip.pt.*, this run has .*clip2.pt"),
+    (["--dino", "dino2.pth"], r"dino is .*dino.pth.*, this run has .*dino2.pth"),
+    (["--split", "val"], r"split is train, this run has val; samples is 8 images.*, this run has 4 images"),
+    (["--crop-size", "32"], "crop_size is 64, this run has 32"), (["-b", "4"], "batch_size is 2, this run has 4"),
+    (["--lr", "0.1"], "lr is 0.002, this run has 0.1"), (["--seed", "1"], "seed is 0, this run has 1"),
+    (["--supervised"], "supervised is False, this run has True"), (["--amp"], "amp is False, this run has True")])
+def test_a_run_is_not_continued_with_other_settings(world, one_step, tmp_path, monkeypatch, options, message):
+    """It would go on as neither the one nor the other; both sides are named."""
+    monkeypatch.chdir(tmp_path)
+    other_weights(world, tmp_path)
+    with pytest.raises(data.DataError, match=f"last.pt: .*{message}.*Resume with the same settings"):
+        train.main(arguments(world, one_step, "--max-iters", 2, "--resume", *options))
+
+
+def test_a_run_is_continued_for_longer_and_with_its_weights_elsewhere(world, one_step, tmp_path):
+    """What changes no step: how long it lasts, how often it is scored, where the same frozen weights lie."""
+    other_weights(world, tmp_path)
+    train.main(arguments(world, tmp_path / "on", "--resume", one_step / "last.pt", "--max-iters", 2, "--eval-every", 1,
+                         "--clip", tmp_path / "moved.pt"))
+    assert read(tmp_path / "on")["step"] == 2
+
+
+def relabelled(world, folder: Path, old: str, new: str) -> Path:
+    """A copy of the world with a change in its table."""
+    copy = shutil.copytree(world, folder)
+    (copy / "labels.csv").write_text((copy / "labels.csv").read_text().replace(old, new))
+    return copy
+
+
+def test_the_data_of_others_is_refused(world, one_step, tmp_path):
+    """Another class list on resuming, other classes under --data-path, another data set's folder: both sides named."""
+    dogs = relabelled(world, tmp_path / "dogs", "cat", "dog")
+    with pytest.raises(data.DataError, match=r"classes is \['cat', .*\], this run has \['dog', "):
+        train.main(arguments(dogs, one_step, "--max-iters", 2, "--resume"))
+    sofas = relabelled(world, tmp_path / "sofas", "6.png,cat", "6.png,sofa")
+    with pytest.raises(data.DataError, match=r"samples is 8 images, check sum \w+, this run has 8 images, check sum \w+\."):
+        train.main(arguments(sofas, one_step, "--max-iters", 2, "--resume"))
+    for name, message in ((str(world), "unknown class 'dog'; wanted one of cat, sofa, tree house"),
+                          ("shapes", "unknown class '.*'; wanted one of boat, butterfly"), ("voc", "no voc data in .*dogs"),
+                          ("coco", "no images of train in .*dogs: neither train2014/")):
+        with pytest.raises(data.DataError, match=message):
+            train.main([name, *arguments(dogs, tmp_path / "run", "--clip", world / "clip.pt", "--data-path", dogs)[1:]])
+
+
+def test_inference_names_both_backbones_that_differ(world, one_step, tmp_path):
+    other_weights(world, tmp_path)
+    with pytest.raises(data.DataError, match=r"best.pt: trained on another clip than .*clip2.pt \(\w+\): on .*clip.pt \(\w+\)"):
+        infer.main([str(one_step / "best.pt"), "x.png", "--clip", str(tmp_path / "clip2.pt"), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--crop-size", "72"], "--crop-size 72 is no multiple of the patch of .*clip.pt, 16 pixels; take 64 or 80"),
+    (["--crop-size", "8"], "take 16 or 16"),
+    (["-b", "9"], "8 images with a class in train, but 9 in a batch")])
+def test_numbers_that_do_not_go_together_are_refused(world, tmp_path, options, message):
+    with pytest.raises(data.DataError, match=message):
+        train.main(arguments(world, tmp_path / "run", *options))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [["-b", "0"], ["--max-iters", "0"], ["--eval-every", "-1"], ["--print-freq", "0"],
+                                     ["--lr", "nan"], ["--lr", "0"], ["--seed", "-1"], ["-j", "-1"], ["-j", "many"]])
+def test_numbers_that_make_no_sense_are_refused(options):
+    with pytest.raises(SystemExit):
+        train.parse_args(["shapes", *options])
+
+
+def test_a_mask_with_a_foreign_number_stops_the_run_that_meets_it_and_no_step_is_lost(world, tmp_path):
+    """The truth of a validation picture is read when it is scored, after hours."""
+    copy = shutil.copytree(world, tmp_path / "copy")
+    data.save_mask(copy / "masks" / "9.png", np.full((84, 70), 77, np.uint8))
+    with pytest.raises(data.DataError, match=r"9.png: values \[77\] are no class; wanted 0..3"):
+        train.main(arguments(copy, tmp_path / "run", "--max-iters", 2))
+    shutil.copy(world / "masks" / "9.png", copy / "masks" / "9.png")
+    train.main(arguments(copy, tmp_path / "run", "--max-iters", 2, "--resume"))
+    train.main(arguments(world, tmp_path / "whole", "--max-iters", 2))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------------- broken and hostile input
+
+class Bomb:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.write_text, (self.path, "pickle was trusted"))
+
+
+@pytest.mark.parametrize("load", [decoder.read_checkpoint, backbone.load_clip, backbone.load_dino])
+@pytest.mark.parametrize("form", ["zip", "old", "TorchScript"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # OpenAI's form is an old one
+def test_no_file_of_weights_can_run_code(tmp_path, load, form):
+    """torch.load trusts a file unless told not to; a file that poses as TorchScript must not get around that."""
+    path = tmp_path / "weights.pt"
+    torch.save({"model": Bomb(tmp_path / "harm")}, path, _use_new_zipfile_serialization=form != "old")
+    if form == "TorchScript":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("weights/code/__torch__.py", "")
+    with pytest.raises(data.DataError, match="weights.pt: not a"):
+        load(str(path))
+    assert not (tmp_path / "harm").exists()
+
+
+def test_mutated_checkpoints_are_refused_or_read_right(tmp_path):
+    """300 files with bytes changed, cut or doubled (fixed seeds): what is read at all is what was written."""
+    path, kinds = tmp_path / "last.pt", {dict: {"a": 1}, list: ["cat", "sofa"], str: "weclip", int: 3}
+    entries = {key: kinds.get(kind, {"name": "x"}) for key, kind in decoder.CHECKPOINT.items()}
+    entries["model"] = {f"layer{n}": torch.randn(40, generator=torch.Generator().manual_seed(n)) for n in range(20)}
+    torch.save(entries, path)
+    contents, refused = path.read_bytes(), 0
+    expected = str({key: value.tolist() for key, value in entries.pop("model").items()}), entries
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        mutated = bytearray(contents)
+        for place in rng.integers(0, len(mutated), rng.integers(1, 5)):
+            mutated[place] = rng.integers(256)
+        start, stop = sorted(rng.integers(0, len(mutated), 2))
+        path.write_bytes((mutated, mutated[:start], mutated[:stop] + mutated[start:])[rng.choice(3, p=(0.6, 0.2, 0.2))])
+        try:
+            found = decoder.read_checkpoint(path)
+        except data.DataError:
+            refused += 1
+            continue
+        assert (str({key: value.tolist() for key, value in found.pop("model").items()}), found) == expected
+    assert 200 < refused < 300
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c["config"].update(unheard_of=1), lambda c: c["model"].clear(),
+    lambda c: c["model"].update({"decoder.linear_pred.bias": torch.zeros(2)}), lambda c: c["clip"].clear(),
+    lambda c: c["config"].update(depth="deep"), lambda c: c["classes"].append("dog")])
+def test_a_checkpoint_that_contradicts_itself_is_refused(world, one_step, change):
+    """Nothing that torch says of it reaches the user as a traceback."""
+    checkpoint = read(one_step)
+    change(checkpoint)
+    with pytest.raises(data.DataError):
+        decoder.restore(checkpoint, "last.pt", str(world / "clip.pt"), str(world / "dino.pth"), "cpu")
+
+
+def test_a_checkpoint_of_a_shorter_form_cannot_be_resumed(world, one_step, tmp_path):
+    """Without the optimiser it can be used for pictures, not to go on."""
+    checkpoint = read(one_step)
+    del checkpoint["optimizer"]
+    torch.save(checkpoint, tmp_path / "last.pt")
+    with pytest.raises(data.DataError, match="last.pt: does not fit this run"):
+        train.main(arguments(world, tmp_path, "--max-iters", 2, "--resume"))
+
+
+def test_a_training_on_odd_pictures_works(tmp_path, world):
+    """One pixel, one row, one column, odd sizes, and pictures without any class, which are skipped and counted."""
+    copy = shutil.copytree(world, tmp_path / "copy")
+    lines = []
+    for number, (height, width) in enumerate(((1, 1), (1, 500), (500, 1), (83, 65), (7, 9))):
+        Image.fromarray(np.full((height, width, 3), 30 * number, np.uint8)).save(copy / "images" / f"odd{number}.png")
+        data.save_mask(copy / "masks" / f"odd{number}.png", np.full((height, width), number % 4, np.uint8))
+        lines.append(f"odd{number}.png,{'cat' if number < 4 else ''},{'val' if number < 2 else 'train'}")
+    (copy / "labels.csv").write_text("\n".join([(world / "labels.csv").read_text(), *lines]))
+    train.main(arguments(copy, tmp_path / "run", "--max-iters", 5))
+    settings = (tmp_path / "run" / "args.json").read_text()
+    assert read(tmp_path / "run")["step"] == 5 and "1 without a foreground class" in settings
+
+
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="no real samples; SHARED_FOLDER=... says where")
+def test_real_awkward_files_are_trained_on_and_segmented_or_named(world, one_step, tmp_path, capsys):
+    """57 files from other projects' collections: those that Pillow reads make a training; a folder of all is done but
+    for the others, which are named."""
+    with open(SAMPLES / "awkward" / "index.csv", encoding="utf-8") as file:
+        good = {row["file"]: row["pillow_result"] == "ok" for row in csv.DictReader(file)}
+    folder = tmp_path / "awkward"
+    (folder / "cat").mkdir(parents=True)
+    (folder / "sofa").mkdir()
+    for number, name in enumerate(name for name, fine in good.items() if fine and not name.endswith(".mpo")):
+        shutil.copy(SAMPLES / "awkward" / name, folder / ("cat", "sofa")[number % 2])
+    count = len(list(folder.glob("*/*")))
+    train.main([str(folder), *arguments(world, tmp_path / "run", "--max-iters", -(-count // 8), "-b", 8)[1:]])
+    assert read(tmp_path / "run")["step"] == -(-count // 8)
+
+    pictures = shutil.copytree(SAMPLES / "awkward", tmp_path / "all")
+    with pytest.raises(SystemExit) as status:
+        data.run(lambda: infer.main([str(one_step / "best.pt"), str(pictures), "--device", "cpu", "--scales", "1", "--no-flip"]))
+    errors = capsys.readouterr().err
+    assert status.value.code == 1
+    for name, fine in good.items():
+        if not name.endswith(".mpo"):  # no suffix of a picture
+            assert fine or f"{name}: cannot be read" in errors, name
