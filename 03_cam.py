@@ -116,7 +116,9 @@ def back_through_mlp(visual: nn.Module, x: torch.Tensor, hidden: torch.Tensor, o
     ->        (P, N, D), gradient at x
     """
     block, norm = visual.transformer.resblocks[-1], visual.ln_post
-    _, slope = torch.func.jvp(block.mlp.gelu, (hidden,), (torch.ones_like(hidden),))  # it acts on each number by itself
+    with torch.enable_grad():  # the activation acts on each number by itself: the gradient of the sum is its slope
+        before = hidden.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(block.mlp.gelu(before).sum(), before)
 
     def back(grad: torch.Tensor, x: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
         inside = slope.mul_(grad @ block.mlp.c_proj.weight)  # in place: (P, N, 4 D) is the largest tensor here

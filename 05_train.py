@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -53,6 +54,7 @@ ENDINGS = {  # what torch says when something outside of the run has ended it ->
     "gloo": "another process of the run has ended or cannot be reached, its own message says why",
     "NCCL": "another process of the run has ended or cannot be reached, its own message says why",
     "out of memory": "the device has not enough memory; take a smaller -b"}
+CURVE_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: safe for the colour-blind
 RUNGS = ("CAM", "refined", "pseudo label", "segmentation")  # of the ladder, in the order in which they are made
 
 
@@ -216,7 +218,8 @@ def write_atomically(path: Path, write) -> None:
 class Log:
     """A table in a CSV file, each row on the disk at once; a resumed run drops the rows that it will make again."""
 
-    def __init__(self, path: Path, columns: tuple[str, ...], last_step: int):
+    def __init__(self, path: Path, columns: tuple[str, ...], last_step: int, board=None):
+        """board  a tensorboard SummaryWriter that gets the numbers too"""
         kept = []
         if last_step and path.is_file():
             with open(path, newline="", encoding="utf-8") as file:
@@ -227,13 +230,15 @@ class Log:
         writer.writeheader()
         writer.writerows(kept)
         write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-        self.path, self.file = path, open(path, "a", newline="", encoding="utf-8")
+        self.path, self.file, self.board = path, open(path, "a", newline="", encoding="utf-8"), board
         self.writer = csv.DictWriter(self.file, columns, extrasaction="ignore")
 
     def write(self, **row) -> None:
         try:
             self.writer.writerow(row)
             self.file.flush()
+            for name in row.keys() - {"step"} if self.board else ():
+                self.board.add_scalar(f"{self.path.stem}/{name}", float(row[name]), row["step"])
         except OSError as error:
             raise data.DataError(f"{self.path} could not be written ({error}). Free some space, then continue with "
                                  "--resume") from error
@@ -244,8 +249,43 @@ def open_output(output: Path, settings: dict, progress: dict) -> tuple[Log, Log]
     (output / "preview").mkdir(parents=True, exist_ok=True)
     text = json.dumps(settings, indent=1, ensure_ascii=False).encode()
     write_atomically(output / "args.json", lambda file: file.write(text))
-    return (Log(output / "log.csv", LOG_COLUMNS, progress["step"]),
-            Log(output / "scores.csv", ("step", *RUNGS, "multi-scale"), progress["evaluated"]))
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # optional: what is drawn there stands in the csv files too
+        board = SummaryWriter(output, purge_step=progress["step"] + 1)
+    except ImportError:
+        board = None
+    return (Log(output / "log.csv", LOG_COLUMNS, progress["step"], board),
+            Log(output / "scores.csv", ("step", *RUNGS, "multi-scale"), progress["evaluated"], board))
+
+
+def draw_curves(output: Path) -> Image.Image:
+    """log.csv and scores.csv of a run as a picture: losses above, mIoU in percent below, over the steps."""
+    width, height, left, top = 760, 240, 50, 14  # pixels of a panel and its margins
+    sheet, font = Image.new("RGB", (width + 130, 2 * (height + 3 * top)), "white"), ImageFont.load_default(13)
+    pen = ImageDraw.Draw(sheet)
+    for panel, (file, skipped) in enumerate((("log.csv", {"step", "lr", "images_per_s"}), ("scores.csv", {"step"}))):
+        with open(output / file, newline="", encoding="utf-8") as table:
+            rows = list(csv.DictReader(table))
+        names = [name for name in (rows[0] if rows else ()) if name not in skipped]
+        lines = {name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in names}
+        lines = {name: line for name, line in lines.items() if line}
+        if not lines:
+            continue
+        last, highest = (max(point[axis] for line in lines.values() for point in line) or 1 for axis in (0, 1))
+        base = top + panel * (height + 3 * top)
+        for share in (0, .25, .5, .75, 1):
+            y = base + height * (1 - share)
+            pen.line([left, y, width, y], fill=(225, 225, 225))
+            pen.text((left - 6, y), f"{share * highest:.3g}", fill="black", font=font, anchor="rm")
+        pen.text((width, base + height + 4), f"step {last}", fill="black", font=font, anchor="rt")
+        for number, (name, line) in enumerate(lines.items()):
+            colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
+            points = [(left + (width - left) * step / last, base + height * (1 - value / highest)) for step, value in line]
+            pen.line(points, fill=colour, width=2)
+            for x, y in points if len(points) < 20 else points[-1:]:
+                pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
+            pen.text((width + 10, base + 16 * number), f"{name} {line[-1][1]:.3g}", fill=colour, font=font)
+    return sheet
 
 
 def memory() -> str:
@@ -362,6 +402,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
                 save("best.pt")
             if rank == 0:
                 score_log.write(step=step, **{rung: f"{100 * result[rung]['miou']:.2f}" for rung in result})
+                draw_curves(output).save(output / "preview" / "curves.png")
             save("last.pt")
             say(f"mIoU at step {step}: " + "   ".join(f"{r} {100 * s['miou']:.1f}" for r, s in result.items()))
             if last and rank == 0:

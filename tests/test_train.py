@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from tiny import arguments, logged, read
 
@@ -24,16 +24,34 @@ train = import_module("05_train")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def test_tensorboard_gets_the_numbers_of_the_csv_files(tmp_path):
+    """Where it is installed; a resumed run takes back what it will make again."""
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start in (0, 2):
+        log, scores = train.open_output(tmp_path, {}, {"step": start, "evaluated": start})
+        for step in range(start + 1, start + 5):
+            log.write(step=step, total="1.5")
+            scores.write(step=step, CAM=f"{10 * start + step}")
+        log.board.close()
+    events = reading.EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("scores/CAM")] == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25), (6, 26)]
+    assert [e.value for e in events.Scalars("log/total")] == [1.5] * 6
+
+
 @pytest.mark.parametrize("method", ["weclip+", "weclip"])
 def test_a_run_leaves_what_the_readme_says(world, tmp_path, method, capsys):
     """args.json, log.csv with a row per printed step, scores.csv, a preview, both checkpoints; then the next command."""
     train.main(arguments(world, tmp_path, "--max-iters", 2, "--method", method, "--eval-every", 1))
     said = capsys.readouterr().out
     assert f"06_infer.py {tmp_path / 'best.pt'}" in said and "tree house" in said
-    assert {p.name for p in tmp_path.iterdir()} == {"args.json", "log.csv", "scores.csv", "preview", "best.pt", "last.pt"}
+    left = {p.name for p in tmp_path.iterdir() if not p.name.startswith("events.")}  # tensorboard's, where it is installed
+    assert left == {"args.json", "log.csv", "scores.csv", "preview", "best.pt", "last.pt"}
     assert [row["step"] for row in logged(tmp_path)] == ["1", "2"]
     assert json.loads((tmp_path / "args.json").read_text(encoding="utf-8"))["config"]["method"] == method
     assert Image.open(tmp_path / "preview" / "step_000002.png").width > 6 * 200
+    curves = np.asarray(Image.open(tmp_path / "preview" / "curves.png")).reshape(-1, 3)
+    drawn = sum(any((curves == ImageColor.getrgb(colour)).all(axis=1)) for colour in train.CURVE_COLOURS)
+    assert drawn == (6 if method == "weclip+" else 5)  # losses of the method, and five rungs
     checkpoint = read(tmp_path)
     assert checkpoint["step"] == 2 and not any("visual" in name for name in checkpoint["model"])  # no frozen weights in it
 
