@@ -877,8 +877,8 @@ def _paint(rng: np.random.Generator, image: np.ndarray, facets: list, centre: np
     paper = _paper(rng)
     while np.abs(paper - part.mean((0, 1))).max() < 60:  # to be told from the ground by eye
         paper = _paper(rng)
-    ink = .6 if paper @ (.3, .59, .11) > 110 else 1.7  # darker or lighter than the paper, the same hue
-    turn = np.deg2rad(rng.uniform(-30, 30))
+    ink = .5 if paper @ (.3, .59, .11) > 110 else 2.  # darker or lighter than the paper, the same hue
+    turn = np.deg2rad(rng.uniform(-20, 20))
     matrix = radius * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     matrix = matrix * rng.uniform(.85, 1.15, 2) * (rng.choice([-1, 1]), 1)
     canvas = Image.new("RGBA", (4 * reach, 4 * reach), (*paper.astype(int), 0))  # twice the size: smooth edges
@@ -892,7 +892,7 @@ def _paint(rng: np.random.Generator, image: np.ndarray, facets: list, centre: np
     layer, light = small[0], 1 + rng.normal(0, .03, small[1].shape)
     if name is not None:
         pixels = np.moveaxis(np.mgrid[top:top + 2 * reach, left:left + 2 * reach], 0, -1)[..., ::-1]  # (y, x) -> (x, y)
-        cells = (pixels - centre) @ np.linalg.inv(matrix).T * rng.uniform(1.6, 2.4) + rng.uniform(0, 1, 2)
+        cells = (pixels - centre) @ np.linalg.inv(matrix / radius).T / rng.uniform(8, 11) + rng.uniform(0, 1, 2)
         light = light * np.where(_print(name, cells[..., 0], cells[..., 1]), 1 + (ink - 1) * small[1] / 255, 1)
     shadow = Image.fromarray(layer[..., 3].astype(np.uint8)).filter(ImageFilter.GaussianBlur(2))
     shadow = np.roll(np.asarray(shadow, dtype=np.float32), (2, 2), (0, 1))
