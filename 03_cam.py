@@ -40,7 +40,7 @@ def class_pairs(labels: torch.Tensor) -> torch.Tensor:
 
 def grad_cam(model: nn.Module, tokens: torch.Tensor, text_fg: torch.Tensor, text_bg: torch.Tensor, pairs: torch.Tensor,
              grid: tuple[int, int], logit_scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where is the evidence for a class? Softmax Grad-CAM at the last block's ln_1 (SPEC of CLIP-ES; WeCLIP's CAM).
+    """Where is the evidence for a class? Softmax Grad-CAM at the last block's ln_1 (CLIP-ES; WeCLIP's CAM).
 
     The last block runs once per image. The patches of its output are averaged (CLS left out) into the image embedding;
     P = softmax(s cos(embedding, text)) over the classes of this image and all background names. The target is the
@@ -83,7 +83,7 @@ def grad_cam(model: nn.Module, tokens: torch.Tensor, text_fg: torch.Tensor, text
         out = x + block.mlp.c_proj(block.mlp.gelu(hidden))
         pooled = visual.ln_post(out).mean(dim=1)  # (B, D)
 
-    # A copy of the pooled vector for each pair: the gradient of the sum has that of one probability in each row.
+    # Row p is pair p, image_of[p] its image. A copy of the pooled vector for each pair: the gradient of the sum has that of one probability in each row.
     copies = pooled[image_of].requires_grad_()
     with torch.enable_grad():
         wanted = probabilities(copies, shown[image_of]).gather(1, class_of[:, None])
@@ -250,7 +250,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--classes", nargs="+", metavar="NAME", help="what they show (default: all classes of `shapes`)")
     p.add_argument("--background", nargs="+", metavar="WORD", help="background words (default: VOC's; with the toy, its own)")
     p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 for your pictures, the toy for `shapes`")
-    p.add_argument("--long-side", "--long_side", type=int, help="pixels the network sees (default: 512; with the toy 128)")
+    p.add_argument("--long-side", "--long_side", type=data.count, help="pixels the network sees (default: 512; with the toy 128)")
     p.add_argument("--out", default=".", metavar="DIR", help="where NAME_cam.png goes (default: here)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     return p.parse_args(argv)

@@ -44,12 +44,12 @@ class Config:
 
     method: str = "weclip"
     # CAM
-    cam_input: int = -1             # which block output enters CLIP's last block: -1 the one before it, -2 skips a block
+    cam_input: int = -1             # which block output enters CLIP's last block: -1 the one before it; -2 skips a block, as released
     logit_scale_divisor: float = 1  # of exp(logit_scale); WeCLIP+ divides by 4 with ViT-L/14
     # Affinity
-    static_maps: int = 8            # attention maps averaged before the switch
+    static_maps: int = 8            # attention maps averaged before `dynamic_from`
     dynamic_maps: int = 6           # candidates of the refinement module (RFM)
-    dynamic_from: int = 9_145       # step. Written as 15 000, but the released counter also counts validation forwards
+    dynamic_from: int = 9_145       # step; WeCLIP+ starts so. Written as 15 000, but the released counter also counts validation forwards
     box_fraction: float | None = 0.4  # of the CAM's maximum; None: no box mask
     weigh_by_prob: bool = False     # RFM+: CAM times the current segmentation probability
     # Decoder
@@ -67,7 +67,7 @@ class Config:
     scale_range: tuple[float, float] = (0.5, 2.0)  # of the random scale before the crop
     eval_every: int = 2_000         # steps
     # Inference
-    long_side: int = 512            # pixels, of the first scale
+    long_side: int = 512            # pixels, at scale 1
     scales: tuple[float, ...] = (1.0, 0.75)
 
 
@@ -79,10 +79,10 @@ _SHAPES = dict(static_maps=3, dynamic_maps=4, box_fraction=0.2, fuse_blocks=None
 
 CONFIGS = {
     ("weclip", "voc"): Config(),
-    ("weclip", "coco"): Config(box_fraction=0.7, dynamic_maps=10, dynamic_from=40_000, max_iters=80_000),
+    ("weclip", "coco"): Config(box_fraction=0.7, dynamic_maps=10, dynamic_from=40_000, max_iters=80_000, eval_every=10_000),
     ("weclip+", "voc"): _PLUS,
     ("weclip+", "coco"): replace(_PLUS, box_fraction=0.7, dynamic_maps=8, self_label_after=40_000, max_iters=80_000,
-                                 batch_size=8, cam_input=-1),
+                                 batch_size=8, cam_input=-1, eval_every=10_000),
     ("weclip", "shapes"): replace(Config(), **_SHAPES, dynamic_from=400),
     ("weclip+", "shapes"): replace(_PLUS, **_SHAPES, self_label_after=480),
 }
@@ -340,7 +340,10 @@ def stack_scores(refined: torch.Tensor, pairs: torch.Tensor, batch: int) -> tupl
 
 
 def best_label(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """(B, 1+K, H, W) scores and (B, 1+K) ids -> (B, H, W) long: every pixel takes the id of its best map, none is void."""
+    """(B, 1+K, H, W) scores and (B, 1+K) ids -> (B, H, W) long: every pixel takes the id of its best map.
+
+    None is void: the black padding of a crop gets a label too. 255 occurs in true masks only.
+    """
     best = scores.argmax(dim=1)
     return ids.gather(1, best.flatten(1)).view_as(best)
 
@@ -561,7 +564,7 @@ def multi_scale_logits(cfg: Config, encoders, model: WeCLIP, image: torch.Tensor
     """What is where in one image? Logits of several scales and their mirrors, averaged. No image-level label is needed.
 
     image   (3, H, W) normalised, at its own size
-    scales  factors on the first scale, whose long side is cfg.long_side (the other side truncated); None: cfg.scales
+    scales  factors on a long side of cfg.long_side (the other side truncated); None: cfg.scales
     flip    average each scale with its mirror image; False with scales=(1,) is the "single scale" of the released scores
     ->      (C, h, w) logits on the first scale's grid of patches; `enlarged_labels` brings them to the image's size
     """
@@ -700,6 +703,8 @@ def main(argv: list[str] | None = None) -> int:
     world = data.DATASETS["shapes" if toy or clip_name == "shapes" else "voc"]
     if toy:
         info, dataset = world, data.EvalDataset(data.list_samples(world, data.find_root("shapes"), "val"), world.num_classes)
+        if not 0 <= args.index < len(dataset):
+            raise data.DataError(f"--index {args.index}: the validation split has pictures 0 to {len(dataset) - 1}")
         item, image = dataset[args.index], data.load_image(dataset.samples[args.index].image)
         labels, truth, name = item["labels"], item["mask"], item["name"]
     else:

@@ -27,6 +27,7 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ SAVE_EVERY = 500  # steps, between evaluations
 PREVIEW_ROWS = 4
 PATIENCE = timedelta(minutes=10)  # how long a process waits for one that neither answers nor ends; others end at once
 LOG_COLUMNS = ("step", "lr", "total", "seg", "aff", "mutual_clip", "mutual_dino", "dice", "images_per_s")
-MAY_CHANGE = {"max_iters", "eval_every", "long_side"}  # when a run is resumed: how long it lasts and what it reports
+MAY_CHANGE = {"max_iters", "eval_every", "long_side"}  # when a run is resumed. max_iters moves the learning rate's end too
 ENDINGS = {  # what torch says when something outside of the run has ended it -> what that means
     "DataLoader worker": "a loader process died; if memory ran out, take fewer with -j",
     "gloo": "another process of the run has ended or cannot be reached, its own message says why",
@@ -244,6 +245,20 @@ class Log:
                                  "--resume") from error
 
 
+def output_folder(args: argparse.Namespace, name: str) -> Path:
+    """--output-dir, else runs/NAME-METHOD. A new run never goes where one lies already: runs/NAME-METHOD-2 then, and so on.
+
+    Raises  data.DataError  if --output-dir holds a run that is not resumed
+    """
+    folder = Path(args.output_dir or f"runs/{name}-{args.method}{'-supervised' * args.supervised}")
+    if args.resume or not (folder / "last.pt").exists():
+        return folder
+    if args.output_dir:
+        raise data.DataError(f"{folder} holds a run already; go on with it by --resume, or choose another --output-dir")
+    others = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(other for other in others if not (other / "last.pt").exists())
+
+
 def open_output(output: Path, settings: dict, progress: dict) -> tuple[Log, Log]:
     """The folder of a run with args.json -> its log.csv and scores.csv, with the rows that `progress` has made already."""
     (output / "preview").mkdir(parents=True, exist_ok=True)
@@ -353,7 +368,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     info, root, samples, encoders, cfg, identity = settle(args, device, world)
     model = decoder.build_model(cfg, info.num_classes, encoders.clip, encoders.dino).to(device).train()
     optimizer = make_optimizer(model, cfg.lr)
-    output = Path(args.output_dir or f"runs/{info.name}-{cfg.method}{'-supervised' * args.supervised}")
+    output = output_folder(args, root.resolve().name if info.name == "folder" else info.name)
     progress = {"step": 0, "evaluated": 0, "best": -1.0}  # steps made, the last one that was scored, its best score
     if args.resume:
         path = output / "last.pt" if args.resume == "last" else Path(args.resume)
@@ -363,7 +378,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     draws = data.draw_batches(start, cfg.max_iters, cfg.batch_size // world, rank, world)
     batches = iter(DataLoader(train_set, batch_sampler=draws, num_workers=args.workers,
                               worker_init_fn=live_as_long_as_the_training, pin_memory=device.type == "cuda"))
-    val_samples = [sample for sample in data.list_samples(info, root, "val") if sample.mask and sample.labels]
+    val_samples = [sample for sample in data.list_samples(info, root, "val") if sample.mask]
     val_set = data.EvalDataset(val_samples, info.num_classes) if val_samples else None
 
     if rank == 0:
@@ -484,21 +499,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("dataset", help=f"{', '.join(data.DATASETS)}, or a folder of your own")
     p.add_argument("--method", choices=("weclip+", "weclip"), default="weclip+", help="default: %(default)s")
     p.add_argument("--data-path", "--data_path", metavar="DIR", help="where the data lies (default: data/NAME)")
-    p.add_argument("--output-dir", "--output_dir", metavar="DIR", help="default: runs/NAME-METHOD")
+    p.add_argument("--output-dir", "--output_dir", metavar="DIR", help="default: runs/NAME-METHOD[-supervised]")
     p.add_argument("--resume", nargs="?", const="last", metavar="FILE", help="go on from FILE, or from OUTPUT/last.pt")
     p.add_argument("--supervised", action="store_true", help="learn from true masks instead of pseudo labels")
     p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 (shapes: its toy)")
     p.add_argument("--dino", metavar="NAME|FILE", help="default: dinov2_vits14 (shapes: its toy); WeCLIP+ only")
     p.add_argument("--split", help="training split (default: train_aug for voc, else train)")
     p.add_argument("--background", nargs="+", metavar="WORD", help="background words instead of the data set's")
-    p.add_argument("-b", "--batch-size", "--batch_size", type=data.count, help="images per step and process (default: the paper's)")
+    p.add_argument("-b", "--batch-size", "--batch_size", type=data.count, help="images per step and process (default: the table's, shared among the processes)")
     p.add_argument("-j", "--workers", type=data.natural, default=2, help="loader processes (default: %(default)s)")
     p.add_argument("--lr", type=data.positive, help="of the decoder (default: the table in 04_decoder.py, as the five below)")
     p.add_argument("--max-iters", "--max_iters", type=data.count, help="steps")
     p.add_argument("--eval-every", "--eval_every", type=data.count, help="steps between evaluations")
     p.add_argument("--crop-size", "--crop_size", type=data.count, help="pixels, of the training crops")
     p.add_argument("--long-side", "--long_side", type=data.count, help="pixels, of the pictures that are evaluated")
-    p.add_argument("--dynamic-from", "--dynamic_from", type=data.natural, help="step from which WeCLIP's affinity is the refined one")
+    p.add_argument("--dynamic-from", "--dynamic_from", type=data.natural, help="step from which the affinity is the dynamic one")
     p.add_argument("--seed", type=data.natural, default=0, help="default: %(default)s")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="encoders in half precision")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
