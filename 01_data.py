@@ -657,12 +657,12 @@ def save_mask(path: str | Path, mask: np.ndarray) -> None:
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, classes: tuple[str, ...] = (), strength: float = 0.6) -> np.ndarray:
-    """The picture under the colours of its mask, with a legend of the classes found below it if `classes` are given.
+    """The picture, grey under the colours of its mask, with a legend of the classes found below it if `classes` are given.
 
     image (H, W, 3) uint8, mask (H, W) -> (H + legend, max(W, 120 if legend), 3) uint8; background stays as it is
     """
-    shown = (mask > 0)[..., None] * strength
-    blended = (image * (1 - shown) + colormap()[mask] * shown).round().astype(np.uint8)
+    tinted = (1 - strength) * image.mean(axis=2, keepdims=True) + strength * colormap()[mask]  # grey below: one colour, one class
+    blended = np.where(mask[..., None] > 0, tinted, image).round().astype(np.uint8)
     names = [(value, classes[value - 1]) for value in np.unique(mask).tolist() if 0 < value <= len(classes)]
     if not names:
         return blended

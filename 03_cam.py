@@ -205,7 +205,7 @@ def box_masks(cams: torch.Tensor, fraction: float) -> torch.Tensor:
 
 
 def paint(image: np.ndarray, maps: np.ndarray, class_ids: list[int]) -> np.ndarray:
-    """CAMs over their picture: each class glows in its colour of the palette, the rest is dimmed.
+    """CAMs over their picture: each class glows in its colour of the palette, the rest is grey and dim.
 
     image (H, W, 3) uint8, maps (K, H, W) in [0, 1], class_ids: K 0-based foreground classes -> (H, W, 3) uint8
     """
@@ -213,7 +213,8 @@ def paint(image: np.ndarray, maps: np.ndarray, class_ids: list[int]) -> np.ndarr
     strength = maps.max(axis=0, initial=0)[..., None]
     weights = maps / maps.sum(axis=0, keepdims=True).clip(1e-6)
     glow = np.einsum("khw,kc->hwc", weights, colours)
-    return (image * (1 - strength) * 0.6 + (0.35 * image + 0.65 * glow) * strength).clip(0, 255).astype(np.uint8)
+    grey = image.mean(axis=2, keepdims=True)  # so that a colour means a class and nothing else
+    return (grey * (1 - strength) * 0.6 + (0.35 * grey + 0.65 * glow) * strength).clip(0, 255).astype(np.uint8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
