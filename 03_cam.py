@@ -83,7 +83,8 @@ def grad_cam(model: nn.Module, tokens: torch.Tensor, text_fg: torch.Tensor, text
         out = x + block.mlp.c_proj(block.mlp.gelu(hidden))
         pooled = visual.ln_post(out).mean(dim=1)  # (B, D)
 
-    # Row p is pair p, image_of[p] its image. A copy of the pooled vector for each pair: the gradient of the sum has that of one probability in each row.
+    # Row p is pair p, image_of[p] its image. A copy of the pooled vector for each pair: the gradient of the sum has that of
+    # one probability in each row.
     copies = pooled[image_of].requires_grad_()
     with torch.enable_grad():
         wanted = probabilities(copies, shown[image_of]).gather(1, class_of[:, None])

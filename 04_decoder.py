@@ -44,12 +44,12 @@ class Config:
 
     method: str = "weclip"
     # CAM
-    cam_input: int = -1             # which block output enters CLIP's last block: -1 the one before it; -2 skips a block, as released
+    cam_input: int = -1             # which block output enters CLIP's last block: -1 the one before it; -2 skips one, as released
     logit_scale_divisor: float = 1  # of exp(logit_scale); WeCLIP+ divides by 4 with ViT-L/14
     # Affinity
     static_maps: int = 8            # attention maps averaged before `dynamic_from`
     dynamic_maps: int = 6           # candidates of the refinement module (RFM)
-    dynamic_from: int = 9_145       # step; WeCLIP+ starts so. Written as 15 000, but the released counter also counts validation forwards
+    dynamic_from: int = 9_145       # step. Written as 15 000, but the released counter also counts validation forwards
     box_fraction: float | None = 0.4  # of the CAM's maximum; None: no box mask
     weigh_by_prob: bool = False     # RFM+: CAM times the current segmentation probability
     # Decoder
@@ -743,7 +743,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  {captions[stage]} of this picture")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     target = Path(args.out) / f"{name}_ladder.png"
-    draw_ladder(image, cams, refined, pairs[:, 1].tolist(), seen.grid, None if truth is None else truth.numpy(), captions).save(target)
+    mask = None if truth is None else truth.numpy()
+    draw_ladder(image, cams, refined, pairs[:, 1].tolist(), seen.grid, mask, captions).save(target)
     print(target)
     return 0
 

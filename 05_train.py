@@ -506,7 +506,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--dino", metavar="NAME|FILE", help="default: dinov2_vits14 (shapes: its toy); WeCLIP+ only")
     p.add_argument("--split", help="training split (default: train_aug for voc, else train)")
     p.add_argument("--background", nargs="+", metavar="WORD", help="background words instead of the data set's")
-    p.add_argument("-b", "--batch-size", "--batch_size", type=data.count, help="images per step and process (default: the table's, shared among the processes)")
+    p.add_argument("-b", "--batch-size", "--batch_size", type=data.count,
+                   help="images per step and process (default: the table's, shared among the processes)")
     p.add_argument("-j", "--workers", type=data.natural, default=2, help="loader processes (default: %(default)s)")
     p.add_argument("--lr", type=data.positive, help="of the decoder (default: the table in 04_decoder.py, as the five below)")
     p.add_argument("--max-iters", "--max_iters", type=data.count, help="steps")

@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from tiny import mutated
+
 data = import_module("01_data")
 SHARED = Path(os.environ.get("SHARED_FOLDER", Path(__file__).resolve().parents[2] / "shared"))
 SAMPLES = SHARED / "samples"
@@ -497,6 +499,8 @@ def test_an_overlay_leaves_the_background_and_names_the_classes_below():
     mask[5, 5:8] = 2
     plain = data.overlay(image, mask)
     assert plain.shape == image.shape and (plain[mask == 0] == 50).all() and (plain[5, 5] != 50).any()
+    red, green, blue = data.overlay(image * np.uint8([4, 0, 0]), mask)[5, 5].tolist()  # red paper, green class
+    assert red == blue < green
     named = data.overlay(image, mask, ("cat", "dog", "cow"))
     assert named.shape[1] == 200 and named.shape[0] == 30 + 20
     np.testing.assert_array_equal(named[:30], plain)
@@ -708,13 +712,7 @@ def test_mutated_files_end_in_a_clean_error_or_a_result(voc, coco, tmp_path):
     for path, read in targets:
         whole = path.read_bytes()
         for seed in range(50):
-            rng = np.random.default_rng(seed)
-            content = bytearray(whole)
-            for place in rng.integers(0, len(content), rng.integers(1, 5)):
-                content[place] = rng.integers(256)
-            start, stop = sorted(rng.integers(0, len(content), 2))
-            content = (content, content[:start], content[:stop] + content[start:])[rng.choice(3, p=(0.6, 0.2, 0.2))]
-            path.write_bytes(content)
+            path.write_bytes(mutated(whole, seed))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's remarks on broken metadata
                 signal.alarm(10)

@@ -24,7 +24,7 @@ from PIL import Image
 
 import golden
 import tiny
-from tiny import arguments, logged, read
+from tiny import arguments, logged, mutated, read
 
 data = import_module("01_data")
 backbone = import_module("02_backbone")
@@ -566,12 +566,7 @@ def test_mutated_checkpoints_are_refused_or_read_right(tmp_path):
     contents, refused = path.read_bytes(), 0
     expected = str({key: value.tolist() for key, value in entries.pop("model").items()}), entries
     for seed in range(300):
-        rng = np.random.default_rng(seed)
-        mutated = bytearray(contents)
-        for place in rng.integers(0, len(mutated), rng.integers(1, 5)):
-            mutated[place] = rng.integers(256)
-        start, stop = sorted(rng.integers(0, len(mutated), 2))
-        path.write_bytes((mutated, mutated[:start], mutated[:stop] + mutated[start:])[rng.choice(3, p=(0.6, 0.2, 0.2))])
+        path.write_bytes(mutated(contents, seed))
         try:
             found = decoder.read_checkpoint(path)
         except data.DataError:

@@ -15,6 +15,15 @@ CLIP = dict(width=64, layers=3, patch=16, resolution=64, text_width=64, text_lay
 CLASSES = ("cat", "sofa", "tree house")
 
 
+def mutated(content: bytes, seed: int) -> bytes:
+    """A few bytes changed; of every five files one is cut off as well, and one has a piece twice or lacks one."""
+    rng, changed = np.random.default_rng(seed), bytearray(content)
+    for place in rng.integers(0, len(changed), rng.integers(1, 5)):
+        changed[place] = rng.integers(256)
+    start, stop = sorted(rng.integers(0, len(changed), 2))
+    return bytes((changed, changed[:start], changed[:stop] + changed[start:])[rng.choice(3, p=(0.6, 0.2, 0.2))])
+
+
 def make_world(root: Path) -> Path:
     """Twelve pictures (four of them for validation), masks, labels.csv, and two files of weights in official formats."""
     rng = np.random.default_rng(0)
