@@ -577,21 +577,20 @@ def draw_batches(start: int, stop: int, batch_size: int, rank: int = 0, world_si
 class EvalDataset(Dataset):
     """Whole pictures at their own size, in the order of `samples`: one per batch, since sizes differ.
 
-    Item    see `as_item`; mask only with `with_masks`
-    Raises  DataError  with_masks: if a mask is missing; at the item: if a file is broken or the mask has another size
+    Item    see `as_item`
+    Raises  DataError  if a mask is missing; at the item: if a file is broken or the mask has another size
     """
 
-    def __init__(self, samples: list[Sample], num_classes: int, with_masks: bool = True):
-        if with_masks:
-            need_masks(samples)
-        self.samples, self.num_classes, self.with_masks = samples, num_classes, with_masks
+    def __init__(self, samples: list[Sample], num_classes: int):
+        need_masks(samples)
+        self.samples, self.num_classes = samples, num_classes
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict:
         sample = self.samples[index]
-        return as_item(sample, *load_pair(sample, self.num_classes, self.with_masks), self.num_classes)
+        return as_item(sample, *load_pair(sample, self.num_classes, True), self.num_classes)
 
 
 # ---------------------------------------------------------------- scores
@@ -1059,15 +1058,26 @@ def natural(text: str) -> int:
     return count(text) if int(text) else 0
 
 
+class CommandLine(argparse.ArgumentParser):
+    """How all six files read their options: `--data_path` means `--data-path`, and --help has a line for each."""
+
+    def __init__(self, text: str, arguments: str):
+        form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=125)
+        super().__init__(usage=f"%(prog)s {arguments} [options]", description=text, formatter_class=form)
+
+    def parse_known_args(self, args=None, namespace=None):
+        dashed = [re.sub("^--[^=]+", lambda option: option[0].replace("_", "-"), arg)
+                  for arg in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(dashed, namespace)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help=f"{', '.join(DATASETS)}, or a folder of your own")
-    parser.add_argument("--data-path", "--data_path", metavar="DIR",
-                        help="where it lies (default: data/NAME beside this file)")
-    parser.add_argument("--check", action="store_true", help="open every file and list all problems; writes nothing")
-    parser.add_argument("--sheet", metavar="OUT.png",
-                        help="draw a contact sheet of 24 training pictures with masks and labels")
-    return parser.parse_args(argv)
+    p = CommandLine(__doc__, "dataset")
+    p.add_argument("dataset", help=f"{', '.join(DATASETS)}, or a folder of your own")
+    p.add_argument("--data-path", metavar="DIR", help="where it lies (default: data/NAME beside this file)")
+    p.add_argument("--check", action="store_true", help="open every file and list all problems; writes nothing")
+    p.add_argument("--sheet", metavar="OUT.png", help="draw a contact sheet of 24 training pictures with masks and labels")
+    return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -424,13 +424,12 @@ def draw_look(image: np.ndarray, seen: Seen, patch: tuple[int, int]) -> Image.Im
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = data.CommandLine(__doc__, "[image]")
     p.add_argument("image", nargs="?", help="a picture (default: one of `shapes`, seen by the toy pair)")
     p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 for your picture, the toy for `shapes`")
     p.add_argument("--dino", metavar="NAME|FILE", help="or none; default: dinov2_vits14 for your picture, the toy for `shapes`")
     p.add_argument("--patch", type=int, nargs=2, metavar=("ROW", "COL"), help="whose attention is drawn (default: the middle)")
-    p.add_argument("--long-side", "--long_side", type=data.count, default=320,
-                   help="pixels your picture is seen at (default: %(default)s)")
+    p.add_argument("--long-side", type=data.count, metavar="N", default=320, help="pixels of your picture (default: %(default)s)")
     p.add_argument("--out", default=".", metavar="DIR", help="where NAME_look.png goes (default: here)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     return p.parse_args(argv)

@@ -247,12 +247,12 @@ def info_of_words(world: data.DatasetInfo, classes: list[str] | None, background
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = data.CommandLine(__doc__, "[images ...]")
     p.add_argument("images", nargs="*", help="pictures (default: one of `shapes`)")
     p.add_argument("--classes", nargs="+", metavar="NAME", help="what they show (default: all classes of `shapes`)")
     p.add_argument("--background", nargs="+", metavar="WORD", help="background words (default: VOC's; with the toy, its own)")
     p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 for your pictures, the toy for `shapes`")
-    p.add_argument("--long-side", "--long_side", type=data.count, help="pixels the network sees (default: 512; with the toy 128)")
+    p.add_argument("--long-side", type=data.count, metavar="N", help="pixels the network sees (default: 512; with the toy 128)")
     p.add_argument("--out", default=".", metavar="DIR", help="where NAME_cam.png goes (default: here)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     return p.parse_args(argv)

@@ -681,7 +681,7 @@ def draw_ladder(image: np.ndarray, cams: torch.Tensor, refined: Refined, ids: li
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = data.CommandLine(__doc__, "[image]")
     p.add_argument("image", nargs="?", help="a picture (default: one of `shapes`, seen by the toy pair)")
     p.add_argument("--classes", nargs="+", metavar="NAME", help="what your picture shows")
     p.add_argument("--background", nargs="+", metavar="WORD", help="background words (default: VOC's; with the toy, its own)")

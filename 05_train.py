@@ -332,7 +332,12 @@ def settle(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
     toy = "shapes" if info.name == "shapes" else None
     clip_name = args.clip or toy or "ViT-B/16"
     dino_name = (args.dino or toy or "dinov2_vits14") if args.method == "weclip+" else None
+    first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one process of a machine downloads, the others wait for it
+    if not first_here:
+        sum_over_processes(torch.zeros(1))
     encoders = backbone.load_encoders(clip_name, dino_name, info, device)
+    if first_here:
+        sum_over_processes(torch.zeros(1))
     cfg = decoder.config_for(args.method, info.name, encoders.clip, encoders.dino)
     chosen = {key: getattr(args, key) for key in ("lr", "max_iters", "eval_every", "crop_size", "long_side", "dynamic_from")}
     cfg = replace(cfg, **{key: value for key, value in chosen.items() if value is not None})
@@ -495,30 +500,31 @@ class StopRequest:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = data.CommandLine(__doc__, "dataset")
     p.add_argument("dataset", help=f"{', '.join(data.DATASETS)}, or a folder of your own")
     p.add_argument("--method", choices=("weclip+", "weclip"), default="weclip+", help="default: %(default)s")
-    p.add_argument("--data-path", "--data_path", metavar="DIR", help="where the data lies (default: data/NAME)")
-    p.add_argument("--output-dir", "--output_dir", metavar="DIR", help="default: runs/NAME-METHOD[-supervised]")
+    p.add_argument("--data-path", metavar="DIR", help="where the data lies (default: data/NAME)")
+    p.add_argument("--output-dir", metavar="DIR", help="default: runs/NAME-METHOD[-supervised]")
     p.add_argument("--resume", nargs="?", const="last", metavar="FILE", help="go on from FILE, or from OUTPUT/last.pt")
     p.add_argument("--supervised", action="store_true", help="learn from true masks instead of pseudo labels")
     p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 (shapes: its toy)")
     p.add_argument("--dino", metavar="NAME|FILE", help="default: dinov2_vits14 (shapes: its toy); WeCLIP+ only")
     p.add_argument("--split", help="training split (default: train_aug for voc, else train)")
     p.add_argument("--background", nargs="+", metavar="WORD", help="background words instead of the data set's")
-    p.add_argument("-b", "--batch-size", "--batch_size", type=data.count,
+    p.add_argument("-b", "--batch-size", type=data.count, metavar="N",
                    help="images per step and process (default: the table's, shared among the processes)")
-    p.add_argument("-j", "--workers", type=data.natural, default=2, help="loader processes (default: %(default)s)")
-    p.add_argument("--lr", type=data.positive, help="of the decoder (default: the table in 04_decoder.py, as the five below)")
-    p.add_argument("--max-iters", "--max_iters", type=data.count, help="steps")
-    p.add_argument("--eval-every", "--eval_every", type=data.count, help="steps between evaluations")
-    p.add_argument("--crop-size", "--crop_size", type=data.count, help="pixels, of the training crops")
-    p.add_argument("--long-side", "--long_side", type=data.count, help="pixels, of the pictures that are evaluated")
-    p.add_argument("--dynamic-from", "--dynamic_from", type=data.natural, help="step from which the affinity is the dynamic one")
-    p.add_argument("--seed", type=data.natural, default=0, help="default: %(default)s")
-    p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="encoders in half precision")
+    p.add_argument("-j", "--workers", type=data.natural, metavar="N", default=2, help="loader processes (default: %(default)s)")
+    p.add_argument("--lr", type=data.positive, metavar="X",
+                   help="of the decoder (default, for the five below too: the table in 04_decoder.py)")
+    p.add_argument("--max-iters", type=data.count, metavar="N", help="steps")
+    p.add_argument("--eval-every", type=data.count, metavar="N", help="steps between evaluations")
+    p.add_argument("--crop-size", type=data.count, metavar="N", help="pixels, of the training crops")
+    p.add_argument("--long-side", type=data.count, metavar="N", help="pixels, of the pictures that are evaluated")
+    p.add_argument("--dynamic-from", type=data.natural, metavar="N", help="step from which the affinity is the dynamic one")
+    p.add_argument("--seed", type=data.natural, metavar="N", default=0, help="default: %(default)s")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="encoders in half precision (default: no)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
-    p.add_argument("--print-freq", "--print_freq", type=data.count, default=50, help="steps between lines (default: %(default)s)")
+    p.add_argument("--print-freq", type=data.count, metavar="N", default=50, help="steps between lines (default: %(default)s)")
     return p.parse_args(argv)
 
 

@@ -180,15 +180,15 @@ def segment(run: tuple, sample, args: argparse.Namespace, scored: bool, pool: Pr
     image = data.load_image(sample.image, as_displayed=bool(args.images))  # masks of a split fit the stored pixels
     truth = data.load_mask(sample.mask, info.num_classes, image.shape[:2]) if scored else None
     item = data.as_item(sample, image, truth, info.num_classes)
-    pixels, labels = item["image"].to(args.device), {}
+    pixels, labels, wanted = item["image"].to(args.device), {}, rung_name(args.scales, args.flip)
     if args.cams:
         rungs = decoder.ladder(cfg, encoders, model, pixels, item["labels"], args.amp)
         labels = {rung: rungs[rung] for rung in CAM_RUNGS} | {SINGLE: rungs["segmentation"]}
-    elif scored:
+    elif scored and wanted != SINGLE:
         logits = decoder.multi_scale_logits(cfg, encoders, model, pixels, (1,), False, args.amp)
         labels[SINGLE] = decoder.enlarged_labels(logits, image.shape[:2])
     logits = decoder.multi_scale_logits(cfg, encoders, model, pixels, args.scales, args.flip, args.amp)
-    labels[rung_name(args.scales, args.flip)] = decoder.enlarged_labels(logits, image.shape[:2])
+    labels[wanted] = decoder.enlarged_labels(logits, image.shape[:2])
     after_crf = None
     if pool:
         after_crf = pool.submit(crf_labels, image, *likely_classes(decoder.enlarge(logits, image.shape[:2])))
@@ -326,23 +326,23 @@ def write_submission(path: str, folder: Path, names: list[str]) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = data.CommandLine(__doc__, "checkpoint [images ...]")
     p.add_argument("checkpoint", help="best.pt or last.pt of 05_train.py")
     p.add_argument("images", nargs="*", help="pictures or folders of pictures; without any: the split is scored")
-    p.add_argument("--data-path", "--data_path", metavar="DIR", help="where the data lies (default: data/NAME)")
+    p.add_argument("--data-path", metavar="DIR", help="where the data lies (default: data/NAME)")
     p.add_argument("--split", default="val", help="which part of the data set (default: %(default)s)")
     p.add_argument("--scales", type=data.positive, nargs="+", metavar="X", help="default: the checkpoint's, say 1 1.5")
-    p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images too")
+    p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images too (default: yes)")
     p.add_argument("--crf", action="store_true", help="dense CRF on top (needs pydensecrf2)")
     p.add_argument("--cams", action="store_true", help="CAMs and pseudo labels too, from the split's labels")
     p.add_argument("--submit", metavar="FILE.tgz", help="pack the predictions for the VOC server")
-    p.add_argument("--output-dir", "--output_dir", metavar="DIR",
+    p.add_argument("--output-dir", metavar="DIR",
                    help="default: predictions/ beside a picture, SPLIT/ beside the checkpoint")
     p.add_argument("--clip", metavar="NAME|FILE", help="default: as in training")
     p.add_argument("--dino", metavar="NAME|FILE", help="default: as in training")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
-    p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="encoders in half precision")
-    p.add_argument("-j", "--workers", type=data.count, default=max(1, min(8, (os.cpu_count() or 1) // 2)),
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="encoders in half precision (default: no)")
+    p.add_argument("-j", "--workers", type=data.count, metavar="N", default=max(1, min(8, (os.cpu_count() or 1) // 2)),
                    help="processes for the CRF (default: half of the cores, at most 8)")
     return p.parse_intermixed_args(argv)  # `ckpt --crf cat.jpg` too
 

@@ -67,6 +67,9 @@ def main() -> int:
         deadline = time.monotonic() + 10
         while (left := processes_of(os.getpid())) and time.monotonic() < deadline:
             time.sleep(0.2)
+    if not rows:
+        print(f"the training ended before step 50 with exit status {training.returncode}")
+        return 1
     at, memory, handles, alive = np.array(rows).T
     handles = np.median(handles[at < 100]), np.median(handles[at > steps - 100])  # one more while a file is written
     late = (at >= steps / 2) & (alive == alive.max())

@@ -137,7 +137,8 @@ def test_the_checkpoint_of_05_is_read_by_06_in_another_process(world, tmp_path):
 
 @pytest.mark.parametrize("file", sorted(path.name for path in ROOT.glob("0*.py")))
 def test_help_needs_no_data_and_works_from_another_folder(file, tmp_path):
-    """And it says nothing else: no warnings of packages."""
+    """And it fits a screen, shows the commands to start with, and says nothing else: no warnings of packages."""
     done = subprocess.run([sys.executable, str(ROOT / file), "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr
     assert done.stdout.startswith("usage: ") and "python " + file in done.stdout
+    assert len(done.stdout.splitlines()) < 45 and max(map(len, done.stdout.splitlines())) <= 125
