@@ -18,6 +18,7 @@ the class numbers that `python 01_data.py FOLDER` prints. Without labels.csv eac
 import argparse
 import colorsys
 import csv
+import itertools
 import json
 import os
 import re
@@ -206,6 +207,35 @@ def normalize(image: np.ndarray) -> torch.Tensor:
     """(H, W, 3) in 0..255 -> (3, H, W) float32, ImageNet's mean and deviation."""
     scaled = (image.astype(np.float32) - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
     return torch.from_numpy(scaled.transpose(2, 0, 1).copy())
+
+
+# ---------------------------------------------------------------- one's own pictures, and where what is made of them goes
+
+def picture_files(paths: list[str]) -> list[Path]:
+    """The files among `paths`, and the pictures in the folders among them. Raises DataError if there are none."""
+    files = []
+    for path in map(Path, paths):
+        files += sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES
+                        and not file.name.startswith(".")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{', '.join(paths)}: no pictures in there; wanted files ending in "
+                        + ", ".join(sorted(PICTURE_SUFFIXES)))
+    return files
+
+
+def result_files(files: list[Path], output_dir: str | None, endings: tuple[str, ...]) -> list[list[Path]]:
+    """What is made of each file: in `output_dir`, else in predictions/ beside it, its name with each of the `endings`.
+
+    No result replaces a picture or another result: where cat.png is taken, cat_2.png is not.
+    """
+    results, taken = [], {file.absolute() for file in files}
+    for file in files:
+        folder = Path(output_dir) if output_dir else file.parent / "predictions"
+        stems = itertools.chain([file.stem], (f"{file.stem}_{number}" for number in itertools.count(2)))
+        names = ([folder / f"{stem}{ending}" for ending in endings] for stem in stems)
+        results.append(next(paths for paths in names if not taken & {path.absolute() for path in paths}))
+        taken |= {path.absolute() for path in results[-1]}
+    return results
 
 
 # ---------------------------------------------------------------- image-level labels: all the supervision there is

@@ -430,7 +430,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--dino", metavar="NAME|FILE", help="or none; default: dinov2_vits14 for your picture, the toy for `shapes`")
     p.add_argument("--patch", type=int, nargs=2, metavar=("ROW", "COL"), help="whose attention is drawn (default: the middle)")
     p.add_argument("--long-side", type=data.count, metavar="N", default=320, help="pixels of your picture (default: %(default)s)")
-    p.add_argument("--out", default=".", metavar="DIR", help="where NAME_look.png goes (default: here)")
+    p.add_argument("--output-dir", "--out", metavar="DIR", help="for NAME_look.png (default: predictions/ beside your picture)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     return p.parse_args(argv)
 
@@ -441,9 +441,9 @@ def main(argv: list[str] | None = None) -> int:
     clip_name, dino_name = args.clip or ("shapes" if toy else "ViT-B/16"), args.dino or ("shapes" if toy else "dinov2_vits14")
     info = data.DATASETS["shapes" if toy or clip_name == "shapes" else "voc"]
     encoders = load_encoders(clip_name, None if dino_name == "none" else dino_name, info, device)
-    image, name = data.scene(0, 1000)[0], "shapes"
+    image, file = data.scene(0, 1000)[0], Path("shapes")
     if not toy:
-        image, name = data.load_image(args.image, as_displayed=True), Path(args.image).stem
+        image, file = data.load_image(args.image, as_displayed=True), Path(args.image)
         patch_side = encoders.clip.visual.conv1.kernel_size[0]
         image = data.rescale(image, max(args.long_side / max(image.shape[:2]), patch_side / min(image.shape[:2])))
     images, blocks = data.normalize(image)[None].to(device), encoders.clip.visual.transformer.resblocks
@@ -466,8 +466,8 @@ def main(argv: list[str] | None = None) -> int:
               f"patch {encoders.dino.patch}, {encoders.dino.registers} registers; {describe_size(encoders.dino)}")
         print(f"  image {tuple(images.shape)} -> map {tuple(seen.dino_map.shape)}")
     print(f"one look at one picture with all attention maps: {seconds:.3f} s on {device}")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    target = Path(args.out) / f"{name}_look.png"
+    [[target]] = data.result_files([file], args.output_dir, ("_look.png",))
+    target.parent.mkdir(parents=True, exist_ok=True)
     draw_look(image, seen, patch).save(target)
     print(target)
     return 0

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # our folder, wherever we are started from
 data = import_module("01_data")
@@ -248,17 +249,18 @@ def info_of_words(world: data.DatasetInfo, classes: list[str] | None, background
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = data.CommandLine(__doc__, "[images ...]")
-    p.add_argument("images", nargs="*", help="pictures (default: one of `shapes`)")
+    p.add_argument("images", nargs="*", help="pictures or folders of pictures (default: one of `shapes`)")
     p.add_argument("--classes", nargs="+", metavar="NAME", help="what they show (default: all classes of `shapes`)")
     p.add_argument("--background", nargs="+", metavar="WORD", help="background words (default: VOC's; with the toy, its own)")
     p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 for your pictures, the toy for `shapes`")
     p.add_argument("--long-side", type=data.count, metavar="N", help="pixels the network sees (default: 512; with the toy 128)")
-    p.add_argument("--out", default=".", metavar="DIR", help="where NAME_cam.png goes (default: here)")
+    p.add_argument("--output-dir", "--out", metavar="DIR", help="for NAME_cam.png (default: predictions/ beside your picture)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """-> exit status: 0, or 1 if some pictures could not be read."""
     args = parse_args(argv)
     if args.images and not args.classes:
         raise data.DataError("which words shall light up? Name what the pictures show: --classes cat sofa")
@@ -266,21 +268,28 @@ def main(argv: list[str] | None = None) -> int:
     world = data.DATASETS["shapes" if not args.images or clip_name == "shapes" else "voc"]
     info = info_of_words(world, args.classes, args.background)
     encoders = backbone.load_encoders(clip_name, None, info, backbone.choose_device(args.device))
-    names = info.classes
-    shown = [(path, list(range(len(names)))) for path in args.images]
-    if not shown:
+    names, ids, folder = info.classes, list(range(len(info.classes))), args.output_dir
+    if args.images:
+        files = data.picture_files(args.images)
+    else:
         sample = data.list_samples(world, data.find_root("shapes"), "val")[0]
-        shown = [(sample.image, [names.index(world.classes[c]) for c in sample.labels if world.classes[c] in names])]
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    for path, ids in shown:
-        image = data.load_image(path, as_displayed=True)
+        ids = [names.index(world.classes[c]) for c in sample.labels if world.classes[c] in names]
+        files, folder = [Path(sample.image)], folder or "predictions"  # not into the data set
+    failed = 0
+    for file, [target] in zip(tqdm(files, disable=None), data.result_files(files, folder, ("_cam.png",))):
+        try:
+            image = data.load_image(file, as_displayed=True)
+        except data.DataError as error:
+            tqdm.write(f"error: {error}", file=sys.stderr)
+            failed += 1
+            continue
         cams, probs = cams_of_picture(encoders, image, ids, args.long_side or (128 if clip_name == "shapes" else 512))
         pictures = [image, *(paint(image, one[None], [c]) for one, c in zip(cams, ids))]
-        captions = [Path(path).name, *(f"{names[c]} {100 * prob:.0f} %" for c, prob in zip(ids, probs))]
-        target = Path(args.out) / f"{Path(path).stem}_cam.png"
+        captions = [file.name, *(f"{names[c]} {100 * prob:.0f} %" for c, prob in zip(ids, probs))]
+        target.parent.mkdir(parents=True, exist_ok=True)
         data.contact_sheet(pictures, captions, columns=len(pictures)).save(target)
-        print(f"{target}: " + ", ".join(captions[1:]))
-    return 0
+        tqdm.write(f"{target}: " + ", ".join(captions[1:]))
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -689,7 +689,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--index", type=int, default=0, help="which picture of the validation split of `shapes` (default: %(default)s)")
     p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 for your picture, the toy for `shapes`")
     p.add_argument("--dino", metavar="NAME|FILE", help="default: dinov2_vits14 for your picture, the toy for `shapes`")
-    p.add_argument("--out", default=".", metavar="DIR", help="where NAME_ladder.png goes (default: here)")
+    p.add_argument("--output-dir", "--out", metavar="DIR", help="for NAME_ladder.png (default: predictions/ beside your picture)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     return p.parse_args(argv)
 
@@ -706,9 +706,9 @@ def main(argv: list[str] | None = None) -> int:
         if not 0 <= args.index < len(dataset):
             raise data.DataError(f"--index {args.index}: the validation split has pictures 0 to {len(dataset) - 1}")
         item, image = dataset[args.index], data.load_image(dataset.samples[args.index].image)
-        labels, truth, name = item["labels"], item["mask"], item["name"]
+        labels, truth, file = item["labels"], item["mask"], Path(item["name"])
     else:
-        info, name, truth = cam.info_of_words(world, args.classes, args.background), Path(args.image).stem, None
+        info, file, truth = cam.info_of_words(world, args.classes, args.background), Path(args.image), None
         image, labels = data.load_image(args.image, as_displayed=True), torch.ones(len(info.classes))
     encoders = backbone.load_encoders(clip_name, dino_name if args.method == "weclip+" else None, info, device)
     cfg = config_for(args.method, world.name, encoders.clip, encoders.dino)
@@ -723,7 +723,7 @@ def main(argv: list[str] | None = None) -> int:
     with torch.no_grad():
         parts = losses(cfg, prediction, learned_affinity(prediction.fused), refined.labels, step=0)
 
-    print(f"{args.method}, picture {name}: {', '.join(info.classes[c] for _, c in pairs.tolist())}")
+    print(f"{args.method}, picture {file.stem}: {', '.join(info.classes[c] for _, c in pairs.tolist())}")
     rows = {"image": images, "tokens of a block": seen.tokens[0], "attention maps": seen.maps, "CAM": cams,
             "fused features": prediction.fused, "learned affinity": learned_affinity(prediction.fused),
             "logits": prediction.logits, "transition matrix": refined.transition, "refined CAM": refined.spread,
@@ -741,8 +741,8 @@ def main(argv: list[str] | None = None) -> int:
             score = data.scores(data.confusion_matrix(truth, label[0].cpu(), info.num_classes))
             captions[stage] = f"{stage}, mIoU {100 * score['miou']:.1f}"
             print(f"  {captions[stage]} of this picture")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    target = Path(args.out) / f"{name}_ladder.png"
+    [[target]] = data.result_files([file], args.output_dir, ("_ladder.png",))
+    target.parent.mkdir(parents=True, exist_ok=True)
     mask = None if truth is None else truth.numpy()
     draw_ladder(image, cams, refined, pairs[:, 1].tolist(), seen.grid, mask, captions).save(target)
     print(target)

@@ -97,58 +97,6 @@ def crf_labels(image: np.ndarray, ids: np.ndarray, probs: np.ndarray) -> np.ndar
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What there is to segment
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def own_pictures(paths: list[str], output: str | None) -> list:
-    """Files, and the pictures that lie in folders -> samples; a sample's name is its result's path, without suffix.
-
-    Results go to `output`, else to predictions/ beside the picture. None replaces a picture or another result: where
-    cat.png is taken, cat_2.png is not.
-    """
-    files = []
-    for path in map(Path, paths):
-        files += sorted(file for file in path.iterdir() if file.suffix.lower() in data.PICTURE_SUFFIXES
-                        and not file.name.startswith(".")) if path.is_dir() else [path]
-    if not files:
-        raise data.DataError(f"{', '.join(paths)}: no pictures in there; wanted files ending in "
-                             + ", ".join(sorted(data.PICTURE_SUFFIXES)))
-    samples, taken = [], {file.absolute() for file in files}
-    for file in files:
-        folder, number = Path(output) if output else file.parent / "predictions", 1
-        stem = folder / file.stem
-        while taken & {result.absolute() for result in result_files(stem)}:
-            number += 1
-            stem = folder / f"{file.stem}_{number}"
-        taken |= {result.absolute() for result in result_files(stem)}
-        samples.append(data.Sample(str(stem), str(file), None, (), "none"))
-    return samples
-
-
-def result_files(stem: Path) -> tuple[Path, Path]:
-    """Where the prediction and the overlay of one's own picture are written."""
-    return stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}_overlay.png")
-
-
-def split_samples(info, split: str, data_path: str | None) -> list:
-    """The samples of a split of the data set that the checkpoint was trained on.
-
-    Raises  data.DataError  if the data is not there or of other classes, or nothing is in the split
-    """
-    if info.name == "folder" and data_path is None:
-        raise data.DataError("trained on a folder of one's own; say where it is (--data-path FOLDER), or give pictures")
-    there = data.dataset_info(data_path if info.name == "folder" else info.name)
-    if there.classes != info.classes:
-        raise data.DataError(f"trained on the classes {', '.join(info.classes)}, but {data_path or info.name} has "
-                             f"{', '.join(there.classes)}; take the data of the training, or train on this")
-    samples = data.list_samples(info, data_path, split)
-    if not samples:
-        raise data.DataError(f"{data_path or info.name}: no pictures in {split}; choose another --split")
-    return samples
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Segmenting
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -230,13 +178,14 @@ def complain(error: Exception | str) -> None:
 
 def segment_pictures(run: tuple, args: argparse.Namespace) -> int:
     """Palette PNG, overlay and a line of text for each picture of one's own. -> how many files could not be used."""
-    info, failed = run[0], 0
-    for sample, found in segment_all(run, own_pictures(args.images, args.output_dir), args, scored=False):
+    info, failed, files = run[0], 0, data.picture_files(args.images)
+    results = data.result_files(files, args.output_dir, (".png", "_overlay.png"))
+    samples = [data.Sample(file.stem, str(file), None, (), "none") for file in files]
+    for (prediction, overlay), (sample, found) in zip(results, segment_all(run, samples, args, scored=False)):
         if isinstance(found, data.DataError):
             complain(found)
             failed += 1
             continue
-        prediction, overlay = result_files(Path(sample.name))
         prediction.parent.mkdir(parents=True, exist_ok=True)
         mask = list(found.labels.values())[-1].numpy()
         data.save_mask(prediction, mask)
@@ -247,6 +196,23 @@ def segment_pictures(run: tuple, args: argparse.Namespace) -> int:
         seen = [f"{info.classes[c]} {shares[c]:.1%}" for c in np.argsort(-shares) if shares[c]]
         tqdm.write(f"{sample.image} -> {prediction}: {', '.join(seen) or 'background only'}")
     return failed
+
+
+def split_samples(info, split: str, data_path: str | None) -> list:
+    """The samples of a split of the data set that the checkpoint was trained on.
+
+    Raises  data.DataError  if the data is not there or of other classes, or nothing is in the split
+    """
+    if info.name == "folder" and data_path is None:
+        raise data.DataError("trained on a folder of one's own; say where it is (--data-path FOLDER), or give pictures")
+    there = data.dataset_info(data_path if info.name == "folder" else info.name)
+    if there.classes != info.classes:
+        raise data.DataError(f"trained on the classes {', '.join(info.classes)}, but {data_path or info.name} has "
+                             f"{', '.join(there.classes)}; take the data of the training, or train on this")
+    samples = data.list_samples(info, data_path, split)
+    if not samples:
+        raise data.DataError(f"{data_path or info.name}: no pictures in {split}; choose another --split")
+    return samples
 
 
 def segment_split(run: tuple, args: argparse.Namespace, checkpoint: dict) -> int:

@@ -74,12 +74,22 @@ def test_run_alone_each_file_leaves_a_picture(tmp_path, monkeypatch, capsys, mod
     Image.fromarray(scene_of_one_figure()).convert("L").resize((150, 97)).save(tmp_path / "my photo ü.png")
     words = [] if module is backbone else ["--classes", "cat", "sofa"]
     toys = ["--clip", "shapes"] + ([] if module is cam else ["--dino", "shapes"])
-    assert module.main([str(tmp_path / "my photo ü.png"), *words, *toys, "--out", str(tmp_path / "new" / "folder")]) == 0
+    photo = [str(tmp_path / "my photo ü.png"), *words, *toys]
+    assert module.main(photo) == module.main([*photo, "--output-dir", str(tmp_path / "new" / "folder")]) == 0
     printed = capsys.readouterr().out
-    made = [*tmp_path.glob(f"*_{kind}.png"), tmp_path / "new" / "folder" / f"my photo ü_{kind}.png"]
-    assert len(made) == 2
+    made = [*tmp_path.glob(f"*_{kind}.png"), *(tmp_path / folder / f"my photo ü_{kind}.png" for folder in ("predictions", "new/folder"))]
+    assert len(made) == 3
     for picture in made:
         assert np.asarray(Image.open(picture)).std() > 20 and str(picture) in printed
+
+
+def test_cams_of_a_folder_survive_a_bad_file(tmp_path, capsys):
+    """The good pictures are drawn, the bad one is named, and the exit status says so."""
+    Image.fromarray(scene_of_one_figure()).save(tmp_path / "good.png")
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    assert cam.main([str(tmp_path), "--classes", "cat", "--clip", "shapes"]) == 1
+    assert [path.name for path in (tmp_path / "predictions").iterdir()] == ["good_cam.png"]
+    assert "bad.jpg: cannot be read" in capsys.readouterr().err
 
 
 def scene_of_one_figure() -> np.ndarray:
