@@ -659,10 +659,10 @@ def print_scores(result: dict[str, dict], info: DatasetInfo, title: str) -> None
     """A line per class, a column per kind of prediction, IoU in percent. nan: in neither masks nor predictions."""
     names = ("background", *info.classes)
     width = max(map(len, names))
-    print(f"\nIoU in percent, {title}\n{'':{width}}  " + "  ".join(result))
+    print(f"\nIoU in percent, {title}\n{'':{width}}  " + "  ".join(f"{key:>4}" for key in result))
     rows = [(name, [score["iou"][number] for score in result.values()]) for number, name in enumerate(names)]
     for name, values in rows + [("mIoU", [score["miou"] for score in result.values()])]:
-        print(f"{name:{width}}  " + "  ".join(f"{100 * value:{len(key)}.1f}" for key, value in zip(result, values)))
+        print(f"{name:{width}}  " + "  ".join(f"{100 * value:{max(4, len(key))}.1f}" for key, value in zip(result, values)))
 
 
 # ---------------------------------------------------------------- pictures for people
@@ -892,8 +892,8 @@ def _paper(rng: np.random.Generator) -> np.ndarray:
     return 255 * np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(.3, .9), rng.uniform(.4, 1)))
 
 
-def _paint(rng: np.random.Generator, image: np.ndarray, facets: list, centre: np.ndarray, radius: float,
-           name: str | None = None) -> np.ndarray:
+def paint_figure(rng: np.random.Generator, image: np.ndarray, facets: list, centre: np.ndarray, radius: float,
+                 name: str | None = None) -> np.ndarray:
     """Put one figure of folded paper on the image, in place, with its shadow. -> its mask, (H, W) bool.
 
     facets  as in FIGURES; turned by up to 20 degrees, stretched by up to 15 %, half of them mirrored
@@ -933,28 +933,17 @@ def _paint(rng: np.random.Generator, image: np.ndarray, facets: list, centre: np
     return mask
 
 
-def _scraps(rng: np.random.Generator, image: np.ndarray, count: int) -> None:
+def paint_scraps(rng: np.random.Generator, image: np.ndarray, count: int) -> None:
     """Clutter: `count` torn pieces of paper, three to five corners, no class."""
     for _ in range(count):
         corners = _arc(0, 0, 1, 1, int(rng.integers(3, 6)))
-        _paint(rng, image, [(1., corners), (.8, corners[:3])], rng.uniform(0, len(image), 2), rng.uniform(2.5, 6))
+        paint_figure(rng, image, [(1., corners), (.8, corners[:3])], rng.uniform(0, len(image), 2), rng.uniform(2.5, 6))
 
 
-def draw_tile(rng: np.random.Generator, size: int, kind: str, figure: str | None) -> np.ndarray:
-    """One ground with at most one figure that spans half of the tile to all of it: (size, size, 3) uint8."""
-    image = draw_background(rng, size, kind)
-    _scraps(rng, image, rng.integers(0, 1 + size // 24))
-    if figure is not None:
-        radius = size * rng.uniform(.26, .52)
-        room = size / 2 - .8 * radius
-        _paint(rng, image, FIGURES[figure], size / 2 + rng.uniform(-room, room, 2), radius, figure)
-    return image.round().astype(np.uint8)
-
-
-def draw_scene(rng: np.random.Generator, size: int = 96, max_objects: int = 3) -> tuple[np.ndarray, np.ndarray]:
+def draw_scene(rng: np.random.Generator, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
     """One picture of the data set: -> image (size, size, 3) uint8, mask (size, size) uint8 (0 ground, 1 + class id).
 
-    One ground or two that meet at a slanted line, scraps, and 1 to `max_objects` figures. A figure may hide up to half
+    One ground or two that meet at a slanted line, scraps, and 1 to 3 figures. A figure may hide up to half
     of another one and may leave the picture by a third of its radius; the last one painted is in front.
     """
     kinds = rng.choice(list(GROUNDS), 2, replace=False)
@@ -964,14 +953,14 @@ def draw_scene(rng: np.random.Generator, size: int = 96, max_objects: int = 3) -
         turn = rng.uniform(0, 2 * np.pi)
         below = x * np.cos(turn) + y * np.sin(turn) > rng.uniform(-.2, .2)
         image[below] = draw_background(rng, size, kinds[1])[below]
-    _scraps(rng, image, rng.integers(2, 6))
+    paint_scraps(rng, image, rng.integers(2, 6))
     owner = np.zeros((size, size), int)  # which figure is seen at a pixel, 0 = none
     values, areas = [0], [0]             # of each figure: its value in the mask, its pixels when nothing hides it
-    for _ in range(rng.integers(1, max_objects + 1)):
+    for _ in range(rng.integers(1, 4)):
         for _ in range(10):              # places to try
             class_id, radius, trial = rng.integers(len(SHAPES_CLASSES)), size * rng.uniform(.2, .38), image.copy()
             centre = rng.uniform(.7 * radius, size - .7 * radius, 2)
-            figure = _paint(rng, trial, FIGURES[SHAPES_CLASSES[class_id]], centre, radius, SHAPES_CLASSES[class_id])
+            figure = paint_figure(rng, trial, FIGURES[SHAPES_CLASSES[class_id]], centre, radius, SHAPES_CLASSES[class_id])
             covered = np.where(figure, len(areas), owner)
             seen = np.bincount(covered.ravel(), minlength=len(areas) + 1)
             if (seen[1:] >= .5 * np.array([*areas[1:], figure.sum()])).all():
@@ -1034,7 +1023,7 @@ def report(info: DatasetInfo, root: Path, thorough: bool) -> list[str]:
             samples = list_samples(info, root, split, problems)
         except DataError as error:
             if split == "test":  # lies in an archive of its own, which only a submission to the server needs
-                print(f"{split:10} not here: {error}")
+                print(f"{split:10} not here; its archive is had from the VOC server after registration")
             else:
                 problems.append(str(error))
             continue
@@ -1070,10 +1059,9 @@ def draw_sheet(info: DatasetInfo, root: Path, split: str) -> Image.Image:
 
 def positive(text: str) -> float:
     """The type of an option: a number above 0, and no slip of the keyboard."""
-    value = float(text)
-    if not 0 < value < 100:
-        raise ValueError
-    return value
+    if not 0 < float(text) < 100:
+        raise argparse.ArgumentTypeError(f"{text}, wanted more than 0 and less than 100")
+    return float(text)
 
 
 def count(text: str) -> int:

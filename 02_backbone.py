@@ -8,7 +8,8 @@ Paper  WeCLIP (CVPR 2024), frozen CLIP encoder; WeCLIP+ (TPAMI 2025), frozen DIN
     python 02_backbone.py                           # the toy pair of `shapes` looks at a picture of its world
     python 02_backbone.py cat.jpg --patch 7 9       # the pair of the papers (downloaded, hash checked) looks at yours
 
-Letters: B images, T = 1 + N tokens (CLS first), N = h * w patches, D width, L blocks, E joint embedding width.
+Letters: B images, T = 1 + N tokens (CLS first), N = h * w patches, D width, L blocks, E joint embedding width, d width of a
+head or of DINO.
 """
 import argparse
 import hashlib
@@ -55,7 +56,8 @@ def load_clip(name_or_path: str, device: str | torch.device = "cpu") -> nn.Modul
     """Which CLIP? One of OpenAI's names, OpenAI's TorchScript file, a plain state dict, or `shapes` (the toy).
 
     name_or_path  "ViT-B/16" (downloaded to ~/.cache/clip, SHA-256 checked by the clip package), or a file
-    ->            clip.model.CLIP in float32, in eval mode, no parameter trainable
+    ->            clip.model.CLIP in eval mode, no parameter trainable; in float32, but rounded to float16 once, as OpenAI's
+                  package does with any weights (those of its own files are float16)
     Raises        data.DataError for a missing or foreign file, or a tower that is no vision transformer
     """
     if name_or_path in clip.available_models():
@@ -104,7 +106,7 @@ def text_features(model: nn.Module, names: tuple[str, ...], template: str = data
 
 @torch.no_grad()
 def clip_features(model: nn.Module, images: torch.Tensor, num_maps: int = 1) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """What does the frozen CLIP see in an image, block by block? (WeCLIP: the encoder is frozen, every block is used.)
+    """What does the frozen CLIP see in an image, block by block? (WeCLIP reads every block but the last.)
 
     images    (B, 3, H, W) normalised with ImageNet statistics; a remainder of H or W over the patch size is cut off
     num_maps  how many of the last attention maps the caller needs, the last block's own included. That block runs
@@ -399,7 +401,7 @@ def principal_colours(features: torch.Tensor) -> np.ndarray:
     """What looks alike to a tower has one colour: (D, h, w) -> (h, w, 3) uint8, the three main axes as red, green, blue."""
     flat = features.flatten(1).mT
     centred = flat - flat.mean(dim=0)
-    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:3]
+    axes = torch.linalg.svd(centred).Vh[:3]  # three, even of a single patch
     places = centred @ axes.mT  # (N, 3)
     low, high = places.quantile(.02, dim=0), places.quantile(.98, dim=0)
     colours = ((places - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)

@@ -44,9 +44,9 @@ def grad_cam(model: nn.Module, tokens: torch.Tensor, text_fg: torch.Tensor, text
     """Where is the evidence for a class? Softmax Grad-CAM at the last block's ln_1 (CLIP-ES; WeCLIP's CAM).
 
     The last block runs once per image. The patches of its output are averaged (CLS left out) into the image embedding;
-    P = softmax(s cos(embedding, text)) over the classes of this image and all background names. The target is the
+    p = softmax(s cos(embedding, text)) over the classes of this image and all background names. The target is the
     probability and not the logit: that is what makes classes exclusive. Channel weights are the mean over the patches of
-    dP / dA, A the output of ln_1; the map is their weighted sum of A. The gradient reaches A through attention only,
+    dp / dA, A the output of ln_1; the map is their weighted sum of A. The gradient reaches A through attention only,
     since the shortcut goes around ln_1.
 
     Autograd would walk back through the whole block for every class. Written out, the way back is shorter: all patches
@@ -139,12 +139,12 @@ def back_through_mlp(visual: nn.Module, x: torch.Tensor, hidden: torch.Tensor, o
 
 def back_through_attention(mha: nn.MultiheadAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                            attention: torch.Tensor, read: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """From `read` = W V back to A, summed over the patches of A; W = softmax(S), S = Q K^T / sqrt(d).
+    """From `read` = W v back to A, summed over the patches of A; W = softmax(S), S = q k^T / sqrt(d).
 
-    With G = grad: dV = W^T G and dS = W * (G V^T - r), where r_i = G_i . read_i. Of dQ = dS K / sqrt(d) and
-    dK = dS^T Q / sqrt(d) only the sums over patches are wanted. That of dQ needs no more of dS than its column sums, which
-    are dV_j . V_j - (W^T r)_j. That of dK needs its row sums without CLS; a whole row sums to zero, so these are minus the
-    column of CLS. No (1+N, 1+N) map is formed for a class, and one vector goes back through the projection to Q, K, V.
+    With g = grad: dv = W^T g and dS = W * (g v^T - r), where r_i = g_i . read_i. Of dq = dS k / sqrt(d) and
+    dk = dS^T q / sqrt(d) only the sums over patches are wanted. That of dq needs no more of dS than its column sums, which
+    are dv_j . v_j - (W^T r)_j. That of dk needs its row sums without CLS; a whole row sums to zero, so these are minus the
+    column of CLS. No (1+N, 1+N) map is formed for a class, and one vector goes back through the projection to q, k, v.
 
     q, k, v, read  (B, heads, 1+N, d); attention (B, heads, 1+N, 1+N) [query, key]
     grad           (B, heads, N, K, d) at the patches of `read`, for K classes of each image; CLS has none
@@ -160,7 +160,7 @@ def back_through_attention(mha: nn.MultiheadAttention, q: torch.Tensor, k: torch
 
 
 def min_max(maps: torch.Tensor) -> torch.Tensor:
-    """Minus the minimum, over (1e-7 + maximum), each map by itself: (P, h, w) -> (P, h, w). A zero map stays zero."""
+    """(map - min) / (1e-7 + max(map - min)), each map by itself: (P, h, w) -> (P, h, w). A constant map becomes zero."""
     maps = maps - maps.amin(dim=(1, 2), keepdim=True)
     return maps / (EPS + maps.amax(dim=(1, 2), keepdim=True))
 
@@ -183,21 +183,19 @@ def box_masks(cams: torch.Tensor, fraction: float) -> torch.Tensor:
     height, width = cams.shape[-2:]
     grey = (cams * 255).trunc()
     thresholds = torch.tensor([int(fraction * peak) for peak in range(256)], device=cams.device, dtype=cams.dtype)
-    active = (grey > thresholds[grey.amax(dim=(1, 2)).long()][:, None, None]).flatten(1)  # (P, N); a table: float32 rounds
-    ys, xs = (line.flatten() for line in torch.meshgrid(  # (N,) the row and the column of each patch
-        *(torch.arange(n, device=cams.device) for n in (height, width)), indexing="ij"))
-    touching = ((ys[:, None] - ys).abs() <= 1) & ((xs[:, None] - xs).abs() <= 1)  # (N, N), a patch touches itself too
-    reached = (touching & active[:, :, None] & active[:, None, :]).to(cams.dtype)
-    # Squaring doubles the steps: 1, 2, 4, ... Each region has a centre at most N / 2 steps from all of its patches; the
-    # centre's box is the whole one, and no other patch's box is larger.
-    for _ in range(math.ceil(math.log2(height * width / 2 + 1))):
-        reached = ((reached @ reached) > 0).to(cams.dtype)
-    same = reached > 0  # (P, N, N): in the same region
-    left, top = (line.expand_as(same).where(same, height * width).amin(dim=2) for line in (xs, ys))  # (P, N), of the box
-    right, bottom = (line.expand_as(same).where(same, -1).amax(dim=2) + 1 for line in (xs, ys))      # that a patch is in
-    right, bottom = right.clamp(max=width - 1), bottom.clamp(max=height - 1)
-    in_columns = (xs[:width] >= left[..., None]) & (xs[:width] < right[..., None])  # (P, N, w)
-    in_rows = (ys[::width] >= top[..., None]) & (ys[::width] < bottom[..., None])   # (P, N, h)
+    active = (grey > thresholds[grey.amax(dim=(1, 2)).long()][:, None, None])[:, None]  # (P, 1, h, w); a table: float32 rounds
+    ys, xs = torch.meshgrid(*(torch.arange(n, device=cams.device, dtype=cams.dtype) for n in (height, width)), indexing="ij")
+    nowhere = -float(height * width)
+    boxes = torch.stack([-xs, -ys, xs, ys]).where(active, nowhere)  # (P, 4, h, w): of each active patch, itself so far
+    # In each round a patch's box grows by those of its eight neighbours, so that after r rounds it is that of all patches
+    # within r steps. A region whose centre needs r holds a path without short cuts of 2 r - 1 patches (Erdos, Saks and Sos
+    # 1986), and a square of 2 x 2 at most two of them: after this many rounds the centre has the box of the whole region.
+    for _ in range(math.ceil(height / 2) * math.ceil(width / 2)):
+        boxes = F.max_pool2d(boxes, kernel_size=3, stride=1, padding=1).where(active, nowhere)
+    left, top, right, bottom = boxes.flatten(2).unbind(1)  # (P, N)
+    right, bottom = (right + 1).clamp(max=width - 1), (bottom + 1).clamp(max=height - 1)
+    in_columns = (xs[0] >= -left[..., None]) & (xs[0] < right[..., None])      # (P, N, w)
+    in_rows = (ys[:, 0] >= -top[..., None]) & (ys[:, 0] < bottom[..., None])   # (P, N, h)
     return torch.einsum("pnh,pnw->phw", in_rows.to(cams.dtype), in_columns.to(cams.dtype)) > 0
 
 
@@ -227,21 +225,21 @@ def paint(image: np.ndarray, maps: np.ndarray, class_ids: list[int]) -> np.ndarr
 def cams_of_picture(encoders, image: np.ndarray, class_ids: list[int], long_side: int) -> tuple[np.ndarray, np.ndarray]:
     """CAMs of one picture without any training: (H, W, 3) uint8 -> CAMs (K, H, W) in [0, 1), probabilities (K,).
 
-    class_ids  K 0-based classes of the encoders' text features, taken to be in the picture
+    class_ids  K 0-based classes of the encoders' text features, taken to be in the picture; the maps come in this order
     long_side  pixels at which the network sees it
     """
     pixels = data.normalize(image).to(encoders.text_fg.device)[None]
     patch = encoders.clip.visual.conv1.kernel_size[0]
     size = [max(int(length * long_side / max(image.shape[:2])), patch) for length in image.shape[:2]]
     seen = backbone.look(encoders, F.interpolate(pixels, size=size, mode="bilinear", align_corners=False))
-    pairs = torch.tensor([(0, c) for c in sorted(class_ids)])
+    pairs = torch.tensor([(0, c) for c in class_ids])
     raw, probs, _ = grad_cam(encoders.clip, seen.tokens[-1], encoders.text_fg, encoders.text_bg, pairs, seen.grid)
     cams = F.interpolate(normalize_cams(raw)[None], size=image.shape[:2], mode="bilinear", align_corners=False)[0]
     return cams.cpu().numpy(), probs[0, pairs[:, 1].to(probs.device)].cpu().numpy()
 
 
 def info_of_words(world: data.DatasetInfo, classes: list[str] | None, background: list[str] | None) -> data.DatasetInfo:
-    """A data set of any words, None: those of `world`. What is named as a class is no background word."""
+    """A data set of any words; None: those of `world`, less what is named as a class. Prompts are the papers' where they have one."""
     names = tuple(classes or world.classes)
     return data.DatasetInfo("words", names, tuple(data.REWRITTEN.get(name, name) for name in names),
                             tuple(background or (word for word in world.background if word not in names)))
@@ -250,7 +248,7 @@ def info_of_words(world: data.DatasetInfo, classes: list[str] | None, background
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = data.CommandLine(__doc__, "[images ...]")
     p.add_argument("images", nargs="*", help="pictures or folders of pictures (default: one of `shapes`)")
-    p.add_argument("--classes", nargs="+", metavar="NAME", help="what they show (default: all classes of `shapes`)")
+    p.add_argument("--classes", nargs="+", metavar="NAME", help="what they show (default: what the one of `shapes` shows)")
     p.add_argument("--background", nargs="+", metavar="WORD", help="background words (default: VOC's; with the toy, its own)")
     p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 for your pictures, the toy for `shapes`")
     p.add_argument("--long-side", type=data.count, metavar="N", help="pixels the network sees (default: 512; with the toy 128)")
@@ -268,12 +266,12 @@ def main(argv: list[str] | None = None) -> int:
     world = data.DATASETS["shapes" if not args.images or clip_name == "shapes" else "voc"]
     info = info_of_words(world, args.classes, args.background)
     encoders = backbone.load_encoders(clip_name, None, info, backbone.choose_device(args.device))
-    names, ids, folder = info.classes, list(range(len(info.classes))), args.output_dir
+    ids, folder = list(range(len(info.classes))), args.output_dir
     if args.images:
         files = data.picture_files(args.images)
     else:
         sample = data.list_samples(world, data.find_root("shapes"), "val")[0]
-        ids = [names.index(world.classes[c]) for c in sample.labels if world.classes[c] in names]
+        ids = ids if args.classes else list(sample.labels)
         files, folder = [Path(sample.image)], folder or "predictions"  # not into the data set
     failed = 0
     for file, [target] in zip(tqdm(files, disable=None), data.result_files(files, folder, ("_cam.png",))):
@@ -285,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         cams, probs = cams_of_picture(encoders, image, ids, args.long_side or (128 if clip_name == "shapes" else 512))
         pictures = [image, *(paint(image, one[None], [c]) for one, c in zip(cams, ids))]
-        captions = [file.name, *(f"{names[c]} {100 * prob:.0f} %" for c, prob in zip(ids, probs))]
+        captions = [file.name, *(f"{info.classes[c]} {100 * prob:.0f} %" for c, prob in zip(ids, probs))]
         target.parent.mkdir(parents=True, exist_ok=True)
         data.contact_sheet(pictures, captions, columns=len(pictures)).save(target)
         tqdm.write(f"{target}: " + ", ".join(captions[1:]))

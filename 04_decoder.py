@@ -40,7 +40,7 @@ cam = import_module("03_cam")
 
 @dataclass(frozen=True)
 class Config:
-    """Every number of a run that differs between methods and data sets. Defaults: WeCLIP on VOC, released code."""
+    """Every number of a run, those of the learning rate's shape aside. Defaults: WeCLIP on VOC, released code."""
 
     method: str = "weclip"
     # CAM
@@ -308,8 +308,9 @@ def par(images: torch.Tensor, maps: torch.Tensor, iterations: int = 20) -> torch
     """Pixel-adaptive refinement (PAR, AFA): let the maps follow the edges of the image.
 
     images  (B, 3, any size), normalised; resized to the maps with corners aligned
-    maps    (B, X, H, W)
-    ->      (B, X, H, W); each iteration replaces a pixel by the weighted sum of its 48 neighbours
+    maps    (B, X, H, W), any number X of maps per image
+    ->      (B, X, H, W); each iteration replaces a pixel by the weighted sum of its 48 neighbours. Since these weights sum to
+            1.01, twenty iterations scale the maps by 1.22, all alike
     """
     images = F.interpolate(images, size=maps.shape[-2:], mode="bilinear", align_corners=True)
     weights = par_weights(images)
@@ -526,7 +527,7 @@ def maps_needed(cfg: Config, dynamic: bool) -> int:
 @torch.no_grad()
 def ladder(cfg: Config, encoders, model: WeCLIP, image: torch.Tensor, labels: torch.Tensor,
            amp: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Every stage of one image as a label map: how much does each step add? Single scale, no mirror.
+    """Every stage of one image as a label map: how much does each step add? Single scale, no mirror, dynamic affinity.
 
     image   (3, H, W) normalised, at its own size; the network sees it at long side cfg.long_side
     labels  (C-1,) multi-hot image-level labels. The CAM and what is made of it need them, the segmentation does not
@@ -623,7 +624,7 @@ def read_checkpoint(path: str | Path) -> dict:
             raise ValueError(f"the check sum of {damaged} differs")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise data.DataError(f"{path}: no such checkpoint; `python 05_train.py shapes` makes one in minutes") from None
+        raise data.DataError(f"{path}: no such checkpoint; 05_train.py makes them") from None
     except Exception as error:  # whatever zipfile and torch raise on a foreign or truncated file
         raise data.DataError(f"{path}: not a checkpoint of 05_train.py, or damaged ({error})") from error
     entries = checkpoint if isinstance(checkpoint, dict) else {}
@@ -674,7 +675,7 @@ def draw_ladder(image: np.ndarray, cams: torch.Tensor, refined: Refined, ids: li
     hottest = F.interpolate(cams[:1, None], size=grid, mode="area").argmax()
     pictures = {"image": image, "CAM": paint(cams),
                 "affinity": backbone.glow(image, refined.transition[0, :, hottest].view(grid)), "refined": paint(refined.maps),
-                "PAR": paint(refined.scores[0, 1:]), "pseudo label": data.overlay(image, refined.labels[0].cpu().numpy())}
+                "PAR": paint(refined.scores[0, 1:].clamp(max=1)), "pseudo label": data.overlay(image, refined.labels[0].cpu().numpy())}
     if truth is not None:
         pictures["truth"] = data.overlay(image, np.where(truth == data.IGNORE_INDEX, 0, truth))
     return data.contact_sheet(list(pictures.values()), [captions.get(stage, stage) for stage in pictures], columns=4)
@@ -711,7 +712,8 @@ def main(argv: list[str] | None = None) -> int:
         info, file, truth = cam.info_of_words(world, args.classes, args.background), Path(args.image), None
         image, labels = data.load_image(args.image, as_displayed=True), torch.ones(len(info.classes))
     encoders = backbone.load_encoders(clip_name, dino_name if args.method == "weclip+" else None, info, device)
-    cfg = config_for(args.method, world.name, encoders.clip, encoders.dino)
+    # An untrained decoder knows nothing: its probabilities must not weigh the CAMs, nor its features choose attention maps.
+    cfg = replace(config_for(args.method, world.name, encoders.clip, encoders.dino), weigh_by_prob=False)
     image = data.rescale(image, min(1, cfg.long_side / max(image.shape[:2])))
     torch.manual_seed(0)
     model = build_model(cfg, info.num_classes, encoders.clip, encoders.dino).to(device).eval()

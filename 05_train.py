@@ -163,10 +163,11 @@ def preview_row(image: np.ndarray, item: dict, result: dict) -> list[np.ndarray]
 
 def start_processes(wanted: str | None) -> torch.device:
     """This process' device; under torchrun also the process group: nccl between GPUs, gloo for what is on the CPU."""
+    if "RANK" in os.environ and wanted in (None, "cuda") and torch.cuda.is_available():
+        wanted = f"cuda:{os.environ['LOCAL_RANK']}"
     device = backbone.choose_device(wanted)
     if "RANK" in os.environ:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return device
@@ -246,12 +247,14 @@ class Log:
 
 
 def output_folder(args: argparse.Namespace, name: str) -> Path:
-    """--output-dir, else runs/NAME-METHOD. A new run never goes where one lies already: runs/NAME-METHOD-2 then, and so on.
+    """--output-dir, else that of the run that is resumed, else runs/NAME-METHOD.
 
+    None goes where another run lies: a new one to runs/NAME-METHOD-2 then, and so on.
     Raises  data.DataError  if --output-dir holds a run that is not resumed
     """
-    folder = Path(args.output_dir or f"runs/{name}-{args.method}{'-supervised' * args.supervised}")
-    if args.resume or not (folder / "last.pt").exists():
+    resumed = Path(args.resume).parent if args.resume not in (None, "last") else None
+    folder = Path(args.output_dir or resumed or f"runs/{name}-{args.method}{'-supervised' * args.supervised}")
+    if args.resume == "last" or folder == resumed or not (folder / "last.pt").exists():
         return folder
     if args.output_dir:
         raise data.DataError(f"{folder} holds a run already; go on with it by --resume, or choose another --output-dir")
@@ -339,7 +342,8 @@ def settle(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
     if first_here:
         sum_over_processes(torch.zeros(1))
     cfg = decoder.config_for(args.method, info.name, encoders.clip, encoders.dino)
-    chosen = {key: getattr(args, key) for key in ("lr", "max_iters", "eval_every", "crop_size", "long_side", "dynamic_from")}
+    chosen = {key: getattr(args, key) for key in ("lr", "max_iters", "eval_every", "crop_size", "long_side", "dynamic_from",
+                                                  "self_label_after")}
     cfg = replace(cfg, **{key: value for key, value in chosen.items() if value is not None})
     if args.supervised:
         cfg = replace(cfg, self_label_after=None)  # nothing is surer than a true mask
@@ -378,13 +382,16 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     if args.resume:
         path = output / "last.pt" if args.resume == "last" else Path(args.resume)
         progress = resume(path, identity, cfg, model, optimizer)
+        if not (output / "best.pt").exists():  # another folder than before: the next one is the best there
+            progress["best"] = -1.0
     start, labels = progress["step"], data.describe(samples)
     train_set = data.TrainDataset(samples, info.num_classes, cfg.crop_size, args.seed, args.supervised, cfg.scale_range)
     draws = data.draw_batches(start, cfg.max_iters, cfg.batch_size // world, rank, world)
     batches = iter(DataLoader(train_set, batch_sampler=draws, num_workers=args.workers,
                               worker_init_fn=live_as_long_as_the_training, pin_memory=device.type == "cuda"))
-    val_samples = [sample for sample in data.list_samples(info, root, "val") if sample.mask]
-    val_set = data.EvalDataset(val_samples, info.num_classes) if val_samples else None
+    val_samples = data.list_samples(info, root, "val")
+    with_masks = [sample for sample in val_samples if sample.mask]
+    val_set = data.EvalDataset(with_masks, info.num_classes) if with_masks else None
 
     if rank == 0:
         settings = {**identity, "labels": labels, "config": asdict(cfg), "processes": world, "data_path": str(root),
@@ -395,6 +402,9 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
         f"{labels}; {train_set.skipped} skipped\n"
         f"{trained:,} trained parameters on {device} x {world}, {cfg.batch_size} images per step, "
         f"steps {start} to {cfg.max_iters}, learning rate {cfg.lr:g} -> {output}")
+    if not val_set:
+        say(f"nothing is scored: none of {len(val_samples)} images of val has a mask"
+            + ("; `python 01_data.py coco` writes them" if info.name == "coco" else ""))
 
     network = DistributedDataParallel(model) if dist.is_initialized() else model
     amp = backbone.half_precision(device) if args.amp else None
@@ -429,8 +439,8 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
                 data.print_scores(result, info, f"{len(val_set)} images of val")
         if last:
             checkpoint = output / ("best.pt" if val_set else "last.pt")
-            where = "" if info.name == "shapes" and not args.data_path else f" --data-path {root}"
-            say(f"\nlook at {output / 'preview'}, then:\n    python 06_infer.py {checkpoint}{where}")
+            rest = f" --data-path {root}" if info.name != "shapes" or args.data_path else ""
+            say(f"\nlook at {output / 'preview'}, then:\n    python 06_infer.py {checkpoint}{rest if val_set else ' PICTURE'}")
             return
 
         clock = time.perf_counter()
@@ -458,6 +468,8 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
             break
         if done == cfg.max_iters or done % cfg.eval_every == 0 or done % SAVE_EVERY == 0:
             save("last.pt")
+            if rank == 0:
+                draw_curves(output).save(output / "preview" / "curves.png")
     save("last.pt")
     say(f"stopped after step {progress['step']}; go on with --resume --output-dir {output}")
 
@@ -515,12 +527,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    help="images per step and process (default: the table's, shared among the processes)")
     p.add_argument("-j", "--workers", type=data.natural, metavar="N", default=2, help="loader processes (default: %(default)s)")
     p.add_argument("--lr", type=data.positive, metavar="X",
-                   help="of the decoder (default, for the five below too: the table in 04_decoder.py)")
+                   help="of the decoder (default, for the six below too: the table in 04_decoder.py)")
     p.add_argument("--max-iters", type=data.count, metavar="N", help="steps")
     p.add_argument("--eval-every", type=data.count, metavar="N", help="steps between evaluations")
     p.add_argument("--crop-size", type=data.count, metavar="N", help="pixels, of the training crops")
     p.add_argument("--long-side", type=data.count, metavar="N", help="pixels, of the pictures that are evaluated")
     p.add_argument("--dynamic-from", type=data.natural, metavar="N", help="step from which the affinity is the dynamic one")
+    p.add_argument("--self-label-after", type=data.natural, metavar="N",
+                   help="step after which sure predictions replace pseudo labels (WeCLIP+)")
     p.add_argument("--seed", type=data.natural, metavar="N", default=0, help="default: %(default)s")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="encoders in half precision (default: no)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")

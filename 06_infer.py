@@ -116,23 +116,23 @@ def rung_name(scales: tuple[float, ...], flip: bool) -> str:
     return f"{name} + flip" if flip else name
 
 
-def segment(run: tuple, sample, args: argparse.Namespace, scored: bool, pool: ProcessPoolExecutor | None) -> Segmented:
+def segment(run: tuple, sample, args: argparse.Namespace, pool: ProcessPoolExecutor | None) -> Segmented:
     """One picture through everything that the command line asks for.
 
     run     (info, cfg, encoders, model) of 04_decoder.restore
-    scored  read the mask too, and make what the prediction is compared with: one scale, no mirror
+    sample  01_data.Sample; with a mask, what the prediction is compared with is made too: one scale, no mirror
     pool    for the CRF, which does not wait here: see `segment_all`
     Raises  data.DataError  if a file cannot be used
     """
     info, cfg, encoders, model = run
     image = data.load_image(sample.image, as_displayed=bool(args.images))  # masks of a split fit the stored pixels
-    truth = data.load_mask(sample.mask, info.num_classes, image.shape[:2]) if scored else None
+    truth = data.load_mask(sample.mask, info.num_classes, image.shape[:2]) if sample.mask else None
     item = data.as_item(sample, image, truth, info.num_classes)
     pixels, labels, wanted = item["image"].to(args.device), {}, rung_name(args.scales, args.flip)
     if args.cams:
         rungs = decoder.ladder(cfg, encoders, model, pixels, item["labels"], args.amp)
         labels = {rung: rungs[rung] for rung in CAM_RUNGS} | {SINGLE: rungs["segmentation"]}
-    elif scored and wanted != SINGLE:
+    elif sample.mask and wanted != SINGLE:
         logits = decoder.multi_scale_logits(cfg, encoders, model, pixels, (1,), False, args.amp)
         labels[SINGLE] = decoder.enlarged_labels(logits, image.shape[:2])
     logits = decoder.multi_scale_logits(cfg, encoders, model, pixels, args.scales, args.flip, args.amp)
@@ -143,7 +143,7 @@ def segment(run: tuple, sample, args: argparse.Namespace, scored: bool, pool: Pr
     return Segmented(image, item.get("mask"), {rung: x.to(torch.uint8).cpu() for rung, x in labels.items()}, after_crf)
 
 
-def segment_all(run: tuple, samples: list, args: argparse.Namespace, scored: bool):
+def segment_all(run: tuple, samples: list, args: argparse.Namespace):
     """Sample by sample, in order: (sample, Segmented), or (sample, data.DataError) for a file that cannot be used.
 
     With --crf, results come some pictures late: while the workers are at these, the network goes on.
@@ -154,7 +154,7 @@ def segment_all(run: tuple, samples: list, args: argparse.Namespace, scored: boo
     try:
         for number, sample in enumerate(bar, 1):
             try:
-                waiting.append((sample, segment(run, sample, args, scored, pool)))
+                waiting.append((sample, segment(run, sample, args, pool)))
             except data.DataError as error:
                 waiting.append((sample, error))
             if bar.disable and not args.images and (number % PRINT_EVERY == 0 or number == len(samples)):
@@ -181,7 +181,7 @@ def segment_pictures(run: tuple, args: argparse.Namespace) -> int:
     info, failed, files = run[0], 0, data.picture_files(args.images)
     results = data.result_files(files, args.output_dir, (".png", "_overlay.png"))
     samples = [data.Sample(file.stem, str(file), None, (), "none") for file in files]
-    for (prediction, overlay), (sample, found) in zip(results, segment_all(run, samples, args, scored=False)):
+    for (prediction, overlay), (sample, found) in zip(results, segment_all(run, samples, args)):
         if isinstance(found, data.DataError):
             complain(found)
             failed += 1
@@ -224,18 +224,15 @@ def segment_split(run: tuple, args: argparse.Namespace, checkpoint: dict) -> int
     samples = split_samples(info, args.split, args.data_path)
     if args.cams and not any(sample.labels for sample in samples):
         raise data.DataError(f"{args.split} has no image-level labels, which --cams needs; take another --split")
-    scored = any(sample.mask for sample in samples)
-    if scored:
-        data.need_masks(samples)
     output = Path(args.output_dir or Path(args.checkpoint).parent / args.split)
     folders = {rung: output / rung.replace(" ", "_") for rung in CAM_RUNGS if args.cams}
     for folder in (output / "predictions", *folders.values()):
         folder.mkdir(parents=True, exist_ok=True)
     summary = data.describe(samples)
-    print(f"{args.split} of {info.name}: {summary}{'' if scored else ': nothing to score'} -> {output}", flush=True)
+    print(f"{args.split} of {info.name}: {summary} -> {output}", flush=True)
 
-    matrices, done, failed = {}, [], []
-    for sample, found in segment_all(run, samples, args, scored):
+    matrices, done, scored, failed = {}, [], [], []  # the last three: names
+    for sample, found in segment_all(run, samples, args):
         if isinstance(found, data.DataError):
             complain(found)
             failed.append(sample.name)
@@ -243,23 +240,27 @@ def segment_split(run: tuple, args: argparse.Namespace, checkpoint: dict) -> int
         *_, prediction = found.labels.values()
         for folder, labels in [(output / "predictions", prediction), *((folders[r], found.labels[r]) for r in folders)]:
             data.save_mask(folder / f"{sample.name}.png", labels.numpy())
-        if scored:
+        done.append(sample.name)
+        if sample.mask:
+            scored.append(sample.name)
             for rung, labels in found.labels.items():
                 counts = data.confusion_matrix(found.truth, labels, info.num_classes)
                 matrices[rung] = matrices.get(rung, 0) + counts
-        done.append(sample.name)
 
     if matrices:
         names = ("background", *info.classes)
         result = {rung: data.scores(matrix) for rung, matrix in matrices.items()}
-        data.print_scores(result, info, f"{args.split} of {info.name}, {len(done)} images, {describe(args, cfg)}")
+        of = "" if len(scored) == len(samples) else f" of {len(samples)}"  # without mask, or unusable
+        data.print_scores(result, info, f"{args.split} of {info.name}, {len(scored)}{of} images, {describe(args, cfg)}")
         for score in result.values():
             score["iou"] = {name: None if np.isnan(iou) else iou for name, iou in zip(names, score["iou"])}
         trained = {key: checkpoint.get(key) for key in ("step", "supervised", "seed", "clip", "dino", "config")}
-        report = {"checkpoint": args.checkpoint, "dataset": info.name, "split": args.split, "images": len(done),
+        report = {"checkpoint": args.checkpoint, "dataset": info.name, "split": args.split, "images": len(scored),
                   "unusable": failed, "samples": summary, "scales": args.scales, "flip": args.flip, "crf": args.crf,
-                  "rungs": result, "training": trained}
+                  "amp": str(args.amp) if args.amp else None, "rungs": result, "training": trained}
         (output / "scores.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    else:
+        print("nothing is scored: there are no masks")
     if args.submit and failed:
         complain(f"{args.submit} is not written: it would lack {len(failed)} of {len(samples)} pictures")
     elif args.submit:

@@ -6,6 +6,7 @@ loops over the PNGs it left, from a plain forward of the network, and from the p
 """
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -284,9 +285,19 @@ def test_without_masks_a_split_is_segmented_and_not_scored(home, tmp_path, capsy
     (own / "labels.csv").write_text("a.png,ant;bee;cow,train")
     options = ["--data-path", str(own), "--split", "train", "--output-dir", str(tmp_path / "out")]
     assert infer.main([str(home / "best.pt"), *options]) == 0
-    assert "nothing to score" in capsys.readouterr().out
+    assert "nothing is scored" in capsys.readouterr().out
     assert read(tmp_path / "out" / "predictions" / "a.png").shape == (20, 20)
     assert not (tmp_path / "out" / "scores.json").exists()
+
+
+def test_a_split_with_some_masks_is_scored_on_these(home, tmp_path, capsys):
+    """All pictures are segmented; the table and scores.json say how many count."""
+    own = shutil.copytree(home / "own", tmp_path / "own")
+    for number in (1, 3):
+        (own / "masks" / f"{number}.png").unlink()
+    assert infer.main([str(home / "best.pt"), "--data-path", str(own), "--output-dir", str(tmp_path / "out")]) == 0
+    assert "3 of 5 images" in capsys.readouterr().out and len(list((tmp_path / "out" / "predictions").iterdir())) == 5
+    assert json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))["images"] == 3
 
 
 # ----------------------------------------------------------------------------------------------------- the VOC server

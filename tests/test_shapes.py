@@ -83,6 +83,22 @@ def test_run_alone_each_file_leaves_a_picture(tmp_path, monkeypatch, capsys, mod
         assert np.asarray(Image.open(picture)).std() > 20 and str(picture) in printed
 
 
+def test_cams_come_in_the_order_in_which_the_words_were_given():
+    """The captions of the picture rely on it."""
+    encoders = backbone.load_encoders("shapes", None, INFO)
+    image, (cat, fish) = scene_of_one_figure(), map(INFO.classes.index, ("cat", "fish"))
+    one, other = (cam.cams_of_picture(encoders, image, ids, 96) for ids in ([cat, fish], [fish, cat]))
+    for a, b in zip(one, other):
+        np.testing.assert_allclose(a, b[::-1], atol=1e-5)
+    assert one[1][0] > 0.9 > other[1][0]  # the picture shows a cat
+
+
+def test_a_look_at_a_single_patch(tmp_path):
+    """The smallest picture there is has no axes of colour, but a picture all the same."""
+    Image.new("RGB", (3, 3), "red").save(tmp_path / "dot.png")
+    assert backbone.main([str(tmp_path / "dot.png"), "--clip", "shapes", "--dino", "shapes", "--long-side", "8"]) == 0
+
+
 def test_cams_of_a_folder_survive_a_bad_file(tmp_path, capsys):
     """The good pictures are drawn, the bad one is named, and the exit status says so."""
     Image.fromarray(scene_of_one_figure()).save(tmp_path / "good.png")
@@ -93,7 +109,10 @@ def test_cams_of_a_folder_survive_a_bad_file(tmp_path, capsys):
 
 
 def scene_of_one_figure() -> np.ndarray:
-    return data.draw_tile(np.random.default_rng(0), 96, "sand", "cat")
+    rng = np.random.default_rng(0)
+    image = data.draw_background(rng, 96, "sand")
+    data.paint_figure(rng, image, data.FIGURES["cat"], np.array((48., 48.)), 40, "cat")
+    return image.round().astype(np.uint8)
 
 
 def test_a_glow_is_brightest_where_it_is_hottest():

@@ -5,6 +5,7 @@ weights in the official formats, small enough for seconds.
 """
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -54,6 +55,36 @@ def test_a_run_leaves_what_the_readme_says(world, tmp_path, method, capsys):
     assert drawn == (6 if method == "weclip+" else 5)  # losses of the method, and five rungs
     checkpoint = read(tmp_path)
     assert checkpoint["step"] == 2 and not any("visual" in name for name in checkpoint["model"])  # no frozen weights in it
+
+
+def test_a_run_without_masks_shows_its_losses_and_a_command_that_works(world, tmp_path, capsys):
+    """Nothing can be scored then: the last checkpoint is for pictures."""
+    copy, output = shutil.copytree(world, tmp_path / "copy"), tmp_path / "run"
+    shutil.rmtree(copy / "masks")
+    train.main(arguments(copy, output, "--max-iters", 1))
+    said = capsys.readouterr().out
+    assert "nothing is scored: none of 4 images of val has a mask" in said
+    assert said.endswith(f"06_infer.py {output / 'last.pt'} PICTURE\n") and (output / "preview" / "curves.png").exists()
+
+
+def test_a_checkpoint_by_name_is_resumed_in_its_own_folder_and_in_no_other_runs(world, tmp_path, monkeypatch):
+    """In a new folder the run goes on as well, and has a best.pt there too."""
+    monkeypatch.chdir(tmp_path)
+
+    def started(*options):
+        argv = arguments(world, Path("unused"), *options)
+        where = argv.index("--output-dir")
+        train.main(argv[:where] + argv[where + 2:])
+
+    home = Path("runs") / f"{world.name}-weclip+"
+    started("--max-iters", 1)
+    started("--max-iters", 1)  # a second run, in a folder of its own
+    started("--max-iters", 2, "--resume", f"{home}-2/last.pt")
+    assert [read(folder)["step"] for folder in (home, Path(f"{home}-2"))] == [1, 2]
+    with pytest.raises(data.DataError, match="holds a run already"):
+        started("--max-iters", 3, "--resume", f"{home}-2/last.pt", "--output-dir", str(home))
+    started("--max-iters", 3, "--resume", f"{home}-2/last.pt", "--output-dir", "new")
+    assert read(Path("new"))["step"] == read(Path("new"), "best.pt")["step"] == 3
 
 
 def test_the_score_of_the_last_evaluation_is_that_of_the_predictions(world, tmp_path):

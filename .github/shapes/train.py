@@ -76,13 +76,24 @@ class Optimizer:
         self.adam.zero_grad()
 
 
+def draw_tile(rng: np.random.Generator, size: int, kind: str, figure: str | None) -> np.ndarray:
+    """One ground with at most one figure that spans half of the tile to all of it: (size, size, 3) uint8."""
+    image = data.draw_background(rng, size, kind)
+    data.paint_scraps(rng, image, rng.integers(0, 1 + size // 24))
+    if figure is not None:
+        radius = size * rng.uniform(.26, .52)
+        room = size / 2 - .8 * radius
+        data.paint_figure(rng, image, data.FIGURES[figure], size / 2 + rng.uniform(-room, room, 2), radius, figure)
+    return image.round().astype(np.uint8)
+
+
 def tile_pool(seed: int, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A stock of tiles: (count, 3, size, size) uint8, and what the caption of each names, (count,) index into NAMES."""
     rng = np.random.default_rng(seed)
     tiles, names = torch.empty(count, 3, size, size, dtype=torch.uint8), torch.empty(count, dtype=torch.long)
     for i in range(count):
         figure, kind = int(rng.integers(-3, len(data.SHAPES_CLASSES))), int(rng.integers(len(data.SHAPES_BACKGROUND)))  # < 0: none
-        tile = data.draw_tile(rng, size, NAMES[len(data.SHAPES_CLASSES) + kind], NAMES[figure] if figure >= 0 else None)
+        tile = draw_tile(rng, size, NAMES[len(data.SHAPES_CLASSES) + kind], NAMES[figure] if figure >= 0 else None)
         tiles[i] = torch.from_numpy(tile).permute(2, 0, 1)
         names[i] = figure if figure >= 0 else len(data.SHAPES_CLASSES) + kind
     return tiles, names
