@@ -790,6 +790,15 @@ def test_an_error_is_printed_without_traceback_and_ends_with_status_2(tmp_path):
     assert result.stderr.startswith("error: no voc data in") and len(result.stderr.splitlines()) == 3
 
 
+def test_names_that_the_terminal_cannot_show_stop_nothing(tmp_path):
+    """As on Windows, when the output goes to a file."""
+    (tmp_path / "Vögel").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "Vögel" / "a.png")
+    result = subprocess.run([sys.executable, data.__file__, str(tmp_path)], capture_output=True, text=True,
+                            env=os.environ | {"PYTHONIOENCODING": "ascii:strict"})
+    assert result.returncode == 0 and "V\\xf6gel" in result.stdout and not result.stderr
+
+
 def test_long_options_take_both_kinds_of_dashes():
     """The values after them stay as they are."""
     assert data.parse_args(["voc", "--data_path", "my_data"]).data_path == "my_data"
