@@ -454,7 +454,7 @@ def folder_rows(root: Path) -> list[tuple[str, list[str], str]]:
     table, rows = root / "labels.csv", []
     if not table.exists():
         files = sorted(path for path in picture_folder(root).glob("*/*") if path.suffix.lower() in PICTURE_SUFFIXES
-                       and path.parent.name != "masks" and "." not in (path.name[0], path.parent.name[0]))
+                       and path.parent.name not in ("masks", "predictions") and "." not in (path.name[0], path.parent.name[0]))
         return [(f"{path.parent.name}/{path.name}", [path.parent.name], "train") for path in files]
     for number, line in enumerate(read_text(table).splitlines(), 1):
         try:
