@@ -251,7 +251,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--classes", nargs="+", metavar="NAME", help="what they show (default: what the one of `shapes` shows)")
     p.add_argument("--background", nargs="+", metavar="WORD", help="background words (default: VOC's; with the toy, its own)")
     p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 for your pictures, the toy for `shapes`")
-    p.add_argument("--long-side", type=data.count, metavar="N", help="pixels the network sees (default: 512; with the toy 128)")
+    p.add_argument("--long-side", type=data.count, metavar="N", help="pixels the network sees (default: 512; with the toy 112)")
     p.add_argument("--output-dir", "--out", metavar="DIR", help="for NAME_cam.png (default: predictions/ beside your picture)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     return p.parse_args(argv)
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
             tqdm.write(f"error: {error}", file=sys.stderr)
             failed += 1
             continue
-        cams, probs = cams_of_picture(encoders, image, ids, args.long_side or (128 if clip_name == "shapes" else 512))
+        cams, probs = cams_of_picture(encoders, image, ids, args.long_side or (112 if clip_name == "shapes" else 512))
         pictures = [image, *(paint(image, one[None], [c]) for one, c in zip(cams, ids))]
         captions = [file.name, *(f"{info.classes[c]} {100 * prob:.0f} %" for c, prob in zip(ids, probs))]
         target.parent.mkdir(parents=True, exist_ok=True)

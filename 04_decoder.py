@@ -73,9 +73,9 @@ class Config:
 
 _PLUS = Config(method="weclip+", box_fraction=None, weigh_by_prob=True, dynamic_from=0, fuse_blocks=1,
                self_label_after=18_000, lr=2e-4, cam_input=-2, scales=(1.0, 1.5))
-_SHAPES = dict(static_maps=3, dynamic_maps=4, box_fraction=0.2, fuse_blocks=None, cam_input=-1, depth=1, max_iters=1100,
-               batch_size=8, crop_size=96, scale_range=(0.75, 1.33), eval_every=1100, long_side=96, scales=(1.0, 1.17),
-               lr=1e-3)  # towers of 5 blocks, 96 pixels; both methods read all blocks but CLIP's last
+_SHAPES = dict(static_maps=3, dynamic_maps=4, box_fraction=0.2, fuse_blocks=None, cam_input=-1, depth=1, max_iters=900,
+               batch_size=8, crop_size=112, scale_range=(1.0, 1.4), eval_every=900, long_side=112, scales=(1.0, 0.86),
+               lr=1e-3)  # towers of 5 blocks, of which both methods read all but CLIP's last; pictures of 96 pixels, enlarged
 
 CONFIGS = {
     ("weclip", "voc"): Config(),
@@ -83,8 +83,8 @@ CONFIGS = {
     ("weclip+", "voc"): _PLUS,
     ("weclip+", "coco"): replace(_PLUS, box_fraction=0.7, dynamic_maps=8, self_label_after=40_000, max_iters=80_000,
                                  batch_size=8, cam_input=-1, eval_every=10_000),
-    ("weclip", "shapes"): replace(Config(), **_SHAPES, dynamic_from=550),
-    ("weclip+", "shapes"): replace(_PLUS, **_SHAPES, self_label_after=660),
+    ("weclip", "shapes"): replace(Config(), **_SHAPES, dynamic_from=450),
+    ("weclip+", "shapes"): replace(_PLUS, **_SHAPES, self_label_after=540),
 }
 
 
