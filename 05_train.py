@@ -254,7 +254,8 @@ def output_folder(args: argparse.Namespace, name: str) -> Path:
     """
     resumed = Path(args.resume).parent if args.resume not in (None, "last") else None
     folder = Path(args.output_dir or resumed or f"runs/{name}-{args.method}{'-supervised' * args.supervised}")
-    if args.resume == "last" or folder == resumed or not (folder / "last.pt").exists():
+    goes_on = args.resume == "last" or (resumed and resumed.resolve() == folder.resolve())
+    if goes_on or not (folder / "last.pt").exists():
         return folder
     if args.output_dir:
         raise data.DataError(f"{folder} holds a run already; go on with it by --resume, or choose another --output-dir")

@@ -79,12 +79,13 @@ def test_a_checkpoint_by_name_is_resumed_in_its_own_folder_and_in_no_other_runs(
     home = Path("runs") / f"{world.name}-weclip+"
     started("--max-iters", 1)
     started("--max-iters", 1)  # a second run, in a folder of its own
-    started("--max-iters", 2, "--resume", f"{home}-2/last.pt")
-    assert [read(folder)["step"] for folder in (home, Path(f"{home}-2"))] == [1, 2]
+    started("--max-iters", 2, "--resume", f"{home}-2/last.pt", "--output-dir", str(Path(f"{home}-2").resolve()))
+    started("--max-iters", 3, "--resume", f"{home}-2/last.pt")
+    assert [read(folder)["step"] for folder in (home, Path(f"{home}-2"))] == [1, 3]
     with pytest.raises(data.DataError, match="holds a run already"):
-        started("--max-iters", 3, "--resume", f"{home}-2/last.pt", "--output-dir", str(home))
-    started("--max-iters", 3, "--resume", f"{home}-2/last.pt", "--output-dir", "new")
-    assert read(Path("new"))["step"] == read(Path("new"), "best.pt")["step"] == 3
+        started("--max-iters", 4, "--resume", f"{home}-2/last.pt", "--output-dir", str(home))
+    started("--max-iters", 4, "--resume", f"{home}-2/last.pt", "--output-dir", "new")
+    assert read(Path("new"))["step"] == read(Path("new"), "best.pt")["step"] == 4
 
 
 def test_the_score_of_the_last_evaluation_is_that_of_the_predictions(world, tmp_path):
