@@ -21,7 +21,6 @@ import time
 from importlib import import_module
 from pathlib import Path
 
-import clip
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the six files
 data = import_module("01_data")
 backbone = import_module("02_backbone")
+clip = backbone.clip
 
 PATCH, GRID, WIDTH, DEPTH = 8, 12, 128, 5  # pixels; patches of a 96-pixel image; both towers; 2 heads of 64 each
 SEEDS = {"tiles": 7, "clip": 11, "dino": 21}
