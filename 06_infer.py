@@ -39,7 +39,7 @@ backbone = import_module("02_backbone")
 decoder = import_module("04_decoder")
 
 CAM_RUNGS = ("CAM", "refined", "pseudo label")  # of 04_decoder.ladder: those that need image-level labels
-SINGLE = "single scale"                         # the first scale without its mirror, as in the released scores
+SINGLE = "single scale"                         # scale 1 without its mirror, as in the released scores; "segmentation" in 05
 CRF_FLOOR = 0.01                                # a class nowhere more probable takes no part: see likely_classes
 OVERLAY_SIDE = 1024                             # pixels: overlays are to be looked at, a photo's are made smaller
 PRINT_EVERY = 50                                # images, where there is no terminal for a bar
