@@ -133,7 +133,7 @@ class FuseHead(nn.Module):
 
     def forward(self, tokens: list[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
         parts = [mlp(x) for mlp, x in zip(self.linears_modulelist, tokens, strict=True)]
-        maps = torch.cat(parts, dim=-1).mT.unflatten(2, tuple(grid))  # (B, blocks * width, h, w)
+        maps = torch.cat(parts, dim=-1).mT.unflatten(2, tuple(grid)).contiguous()  # (B, blocks * width, h, w)
         return self.dropout(self.linear_fuse(maps))
 
 
@@ -150,7 +150,8 @@ class Decoder(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         tokens = self.transformer(features.flatten(2).permute(2, 0, 1))  # (N, B, width)
-        return self.linear_pred(tokens.permute(1, 2, 0).unflatten(2, features.shape[-2:]))
+        maps = tokens.permute(1, 2, 0).unflatten(2, features.shape[-2:])
+        return self.linear_pred(maps.contiguous())  # as in FuseHead: gradients in the layout that DDP expects
 
 
 class Prediction(NamedTuple):
