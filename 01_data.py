@@ -1121,7 +1121,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(main) -> None:
     """How each of the six files ends: bad input is one clear message and exit status 2, Ctrl-C is quiet."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to stop
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to stop
     try:
         sys.exit(main())
     except (DataError, OSError) as error:  # a loader worker's error comes wrapped in its traceback: the end is ours

@@ -163,7 +163,7 @@ def preview_row(image: np.ndarray, item: dict, result: dict) -> list[np.ndarray]
 
 def start_processes(wanted: str | None) -> torch.device:
     """This process' device; under torchrun also the process group: nccl between GPUs, gloo for what is on the CPU."""
-    if "RANK" in os.environ and wanted in (None, "cuda") and torch.cuda.is_available():
+    if "RANK" in os.environ and (wanted or "cuda").startswith("cuda") and torch.cuda.is_available():
         wanted = f"cuda:{os.environ['LOCAL_RANK']}"
     device = backbone.choose_device(wanted)
     if "RANK" in os.environ:
@@ -384,7 +384,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
         path = output / "last.pt" if args.resume == "last" else Path(args.resume)
         progress = resume(path, identity, cfg, model, optimizer)
         if not (output / "best.pt").exists():  # another folder than before: the next one is the best there
-            progress["best"] = -1.0
+            progress.update(best=-1.0, evaluated=min(progress["evaluated"], progress["step"] - 1))
     start, labels = progress["step"], data.describe(samples)
     train_set = data.TrainDataset(samples, info.num_classes, cfg.crop_size, args.seed, args.supervised, cfg.scale_range)
     draws = data.draw_batches(start, cfg.max_iters, cfg.batch_size // world, rank, world)

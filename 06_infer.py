@@ -181,7 +181,7 @@ def segment_pictures(run: tuple, args: argparse.Namespace) -> int:
     info, failed, files = run[0], 0, data.picture_files(args.images)
     results = data.result_files(files, args.output_dir, (".png", "_overlay.png"))
     samples = [data.Sample(file.stem, str(file), None, (), "none") for file in files]
-    for (prediction, overlay), (sample, found) in zip(results, segment_all(run, samples, args)):
+    for (sample, found), (prediction, overlay) in zip(segment_all(run, samples, args), results):
         if isinstance(found, data.DataError):
             complain(found)
             failed += 1
@@ -260,7 +260,7 @@ def segment_split(run: tuple, args: argparse.Namespace, checkpoint: dict) -> int
                   "amp": str(args.amp) if args.amp else None, "rungs": result, "training": trained}
         (output / "scores.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
     else:
-        print("nothing is scored: there are no masks")
+        print("nothing is scored: no picture that could be used has a mask")
     if args.submit and failed:
         complain(f"{args.submit} is not written: it would lack {len(failed)} of {len(samples)} pictures")
     elif args.submit:
