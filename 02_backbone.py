@@ -401,8 +401,8 @@ def principal_colours(features: torch.Tensor) -> np.ndarray:
     """What looks alike to a tower has one colour: (D, h, w) -> (h, w, 3) uint8, the three main axes as red, green, blue."""
     flat = features.flatten(1).mT
     centred = flat - flat.mean(dim=0)
-    axes = torch.linalg.svd(centred).Vh[:3]  # three, even of a single patch
-    places = centred @ axes.mT  # (N, 3)
+    axes = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, -3:].flip(1)  # (D, 3): the largest first
+    places = centred @ axes  # (N, 3)
     low, high = places.quantile(.02, dim=0), places.quantile(.98, dim=0)
     colours = ((places - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     return (255 * colours).byte().view(*features.shape[1:], -1).cpu().numpy()

@@ -351,6 +351,19 @@ def test_a_long_region_is_one_box_however_far_its_ends_are(drawing):
         assert torch.equal(cam.box_masks(turned, 0.4), slow.boxes_by_flood_fill(turned, 0.4))
 
 
+def test_the_box_of_a_labyrinth_is_whole():
+    """A winding region: only what is some 95 steps from both of its ends knows how far right and how far down it reaches."""
+    cams = torch.zeros(1, 25, 25)
+    cams[0, 0] = 1
+    for turn, row in enumerate(range(2, 20, 2)):
+        cams[0, row, :19] = 1
+        cams[0, row - 1, 18 * (turn % 2)] = 1
+    cams[0, 19:, 18] = 1
+    expected = torch.zeros(1, 25, 25, dtype=torch.bool)
+    expected[:, :24, :24] = True
+    assert torch.equal(cam.box_masks(cams * (1 - 1e-7), 0.4), expected)
+
+
 def test_boxes_never_reach_the_last_row_and_column():
     """The released code clamps the open ends to h-1 and w-1; a region that lies only there gives no box at all."""
     everything, corner = torch.full((1, 4, 5), 0.9), torch.zeros(1, 4, 5)
