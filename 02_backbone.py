@@ -34,7 +34,7 @@ from torch import nn  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # our folder, wherever we are started from
 data = import_module("01_data")  # `import 01_data` is not Python: the name starts with a digit
 
-SHAPES_DIR = Path(__file__).resolve().parent / ".github" / "shapes"  # the toy pair, shipped
+SHAPES_DIR = Path(__file__).resolve().parent / "shapes"  # the toy pair, shipped
 
 # Meta's files: https://dl.fbaipublicfiles.com/dinov2/<model>/<model>[_reg4]_pretrain.pth and their SHA-256
 DINO_SHA256 = {
@@ -443,7 +443,7 @@ def main(argv: list[str] | None = None) -> int:
     clip_name, dino_name = args.clip or ("shapes" if toy else "ViT-B/16"), args.dino or ("shapes" if toy else "dinov2_vits14")
     info = data.DATASETS["shapes" if toy or clip_name == "shapes" else "voc"]
     encoders = load_encoders(clip_name, None if dino_name == "none" else dino_name, info, device)
-    image, file = data.scene(0, 1000)[0], Path("shapes")
+    image, file = data.draw.scene(0, 1000)[0], Path("shapes")
     if not toy:
         image, file = data.load_image(args.image, as_displayed=True), Path(args.image)
         patch_side = encoders.clip.visual.conv1.kernel_size[0]

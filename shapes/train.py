@@ -1,9 +1,9 @@
 """Trains the two frozen encoders of `shapes` from scratch on a CPU: a toy CLIP in OpenAI's layout, a toy DINO in DINOv2's.
 
-In     seeds; pictures come from the toy world of 01_data, tile by tile. No mask is ever seen
+In     seeds; pictures come from draw.py, tile by tile. No mask is ever seen
 Out    clip.pt and dino.pth beside this file: float16 state dicts under the official keys
 
-    python .github/shapes/train.py --out DIR       # about 40 minutes on one core
+    python shapes/train.py --out DIR       # about 40 minutes on one core
 
 The shipped pair was made by these steps, seeds and numbers, each round of CLIP going on from the file of the one before. Run
 anew the script prints the same first lines (150 steps of CLIP, 6 of DINO compared); all of it in one piece was not run since.
@@ -27,9 +27,10 @@ import torch.nn.functional as F
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # the six files
+sys.path.insert(0, str(HERE.parent))  # the six files
 data = import_module("01_data")
 backbone = import_module("02_backbone")
+draw = import_module("shapes.draw")
 clip = backbone.clip
 
 PATCH, GRID, WIDTH, DEPTH = 8, 12, 128, 5  # pixels; patches of a 96-pixel image; both towers; 2 heads of 64 each
@@ -78,12 +79,12 @@ class Optimizer:
 
 def draw_tile(rng: np.random.Generator, size: int, kind: str, figure: str | None) -> np.ndarray:
     """One ground with at most one figure that spans half of the tile to all of it: (size, size, 3) uint8."""
-    image = data.draw_background(rng, size, kind)
-    data.paint_scraps(rng, image, rng.integers(0, 1 + size // 24))
+    image = draw.draw_background(rng, size, kind)
+    draw.paint_scraps(rng, image, rng.integers(0, 1 + size // 24))
     if figure is not None:
         radius = size * rng.uniform(.26, .52)
         room = size / 2 - .8 * radius
-        data.paint_figure(rng, image, data.FIGURES[figure], size / 2 + rng.uniform(-room, room, 2), radius, figure)
+        draw.paint_figure(rng, image, draw.FIGURES[figure], size / 2 + rng.uniform(-room, room, 2), radius, figure)
     return image.round().astype(np.uint8)
 
 
