@@ -4,7 +4,7 @@ In     PASCAL VOC 2012, COCO 2014/2017, a folder of your own, or `shapes`, a toy
 Out    `list_samples` (pictures with their image-level labels), `TrainDataset` and `EvalDataset`, `confusion_matrix`,
        class names and prompts, palette and contact sheet
 Paper  the experimental set-up of WeCLIP (CVPR 2024) and WeCLIP+ (TPAMI 2025): data sets, labels, augmentation.
-       The only supervision is which classes a picture shows; masks are for scoring (and for `--supervised`).
+       The only supervision is which classes a picture shows; masks are for scoring (and for `--masks truth`).
 
     python 01_data.py shapes --sheet sheet.png      draw the toy world and look at it
     python 01_data.py voc --check                   every problem of a data set, and where to get what is missing
@@ -24,8 +24,10 @@ import re
 import sys
 import tempfile
 import textwrap
+import zlib
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -53,7 +55,7 @@ class DataError(Exception):
 
 
 # ---------------------------------------------------------------- the data sets: to add one, a row in DATASETS and SPLITS, and
-# its loader in LOADERS; its numbers are VOC's unless 04_decoder.CONFIGS has a row of its own
+# its loader in LOADERS; its numbers are those of VOC unless a method has a row for it
 
 @dataclass(frozen=True)
 class DatasetInfo:
@@ -91,10 +93,16 @@ VOC_BACKGROUND = tuple("ground land grass tree building wall sky lake water rive
 COCO_BACKGROUND = tuple(word for word in VOC_BACKGROUND if word not in ("keyboard", "sign"))  # COCO classes
 SHAPES_CLASSES, SHAPES_BACKGROUND = tuple(draw.FIGURES), tuple(draw.GROUNDS)
 
-DATASETS = {
-    "voc": DatasetInfo("voc", VOC_CLASSES, tuple(REWRITTEN.get(n, n) for n in VOC_CLASSES), VOC_BACKGROUND),
-    "coco": DatasetInfo("coco", COCO_CLASSES, tuple(REWRITTEN.get(n, n) for n in COCO_CLASSES), COCO_BACKGROUND),
-    "shapes": DatasetInfo("shapes", SHAPES_CLASSES, SHAPES_CLASSES, SHAPES_BACKGROUND)}
+
+
+def with_prompts(name: str, classes: Iterable[str], background: Iterable[str]) -> DatasetInfo:
+    """Any words as a data set; prompts are the papers' where they have one."""
+    return DatasetInfo(name, tuple(classes), tuple(REWRITTEN.get(word, word) for word in classes), tuple(background))
+
+
+DATASETS = {"voc": with_prompts("voc", VOC_CLASSES, VOC_BACKGROUND),
+            "coco": with_prompts("coco", COCO_CLASSES, COCO_BACKGROUND),
+            "shapes": with_prompts("shapes", SHAPES_CLASSES, SHAPES_BACKGROUND)}
 SPLITS = {  # the splits of each data set and how many images the published ones have
     "voc": {"train_aug": 10_582, "train": 1_464, "val": 1_449, "test": 1_456},
     "coco": {"train": 82_081, "val": 40_137},  # images with at least one of the 80 classes
@@ -472,8 +480,8 @@ def folder_rows(root: Path) -> list[tuple[str, list[str], str]]:
 
 
 def folder_samples(info: DatasetInfo, root: Path, split: str, problems: list[str] | None) -> list[Sample]:
-    """A row is a sample, cat/a.jpg is called cat_a; its mask, if any, is masks/cat/a.png."""
-    rows = [(str(Path(file).with_suffix("")).replace(os.sep, "_"), file, classes)
+    """A row is a sample, cat/a.jpg is called cat/a; its mask, if any, is masks/cat/a.png."""
+    rows = [(Path(file).with_suffix("").as_posix(), file, classes)
             for file, classes, part in folder_rows(root) if part == split]
     twice = [name for name, count in Counter(name for name, _, _ in rows).items() if count > 1]
     if twice:
@@ -481,7 +489,7 @@ def folder_samples(info: DatasetInfo, root: Path, split: str, problems: list[str
                  "per picture (file,class;class) and different names", problems)
     folder, source = picture_folder(root), "csv" if (root / "labels.csv").exists() else "folder"
     pictures = {name: folder / file for name, file, _ in rows}
-    masks = {name: (root / "masks" / file).with_suffix(".png") for name, file, _ in rows}
+    masks = {name: root / "masks" / f"{name}.png" for name, _, _ in rows}
     labels = {name: classes for name, _, classes in rows}
 
     def read_labels(name: str) -> tuple[int, ...]:
@@ -538,6 +546,23 @@ def augment(image: np.ndarray, mask: np.ndarray | None, size: int, rng: np.rando
 def need_masks(samples: list[Sample]) -> None:
     missing = [sample.name for sample in samples if sample.mask is None]
     complain_about_missing("masks (for COCO, `python 01_data.py coco` writes them from the json)", missing, None)
+
+
+def with_masks_of(samples: list[Sample], folder: str) -> list[Sample]:
+    """The samples with FOLDER/NAME.png as their masks, palette PNGs of class numbers, 255 left out. Raises DataError if one
+    with a class has none."""
+    paths = [Path(folder) / f"{sample.name}.png" for sample in samples]
+    found = [replace(sample, mask=str(path) if path.is_file() else None) for sample, path in zip(samples, paths)]
+    complain_about_missing(f"masks in {folder}", [f"{s.name}.png" for s in found if s.labels and s.mask is None], None)
+    return found
+
+
+def check_sum(parts: Iterable[bytes]) -> str:
+    """Was it the same? 8 hex digits."""
+    total = 0
+    for part in parts:
+        total = zlib.crc32(part, total)
+    return f"{total:08x}"
 
 
 def load_pair(sample: Sample, num_classes: int, with_mask: bool) -> tuple[np.ndarray, np.ndarray | None]:
@@ -678,7 +703,9 @@ def colormap(n: int = 256) -> np.ndarray:
 
 
 def save_mask(path: str | Path, mask: np.ndarray) -> None:
-    """(H, W) uint8 -> a palette PNG: the values are the classes, the colours VOC's. Written whole or not at all."""
+    """(H, W) uint8 -> a palette PNG: the values are the classes, the colours VOC's. Written whole or not at all, in a folder
+    that is made if need be."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(np.asarray(mask, dtype=np.uint8)).convert("P")
     image.putpalette(colormap().ravel().tolist())
     partial_file = Path(f"{path}.part")
@@ -711,7 +738,9 @@ def overlay(image: np.ndarray, mask: np.ndarray, classes: tuple[str, ...] = (), 
 def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int, side: int = 240) -> Image.Image:
     """Pictures (h, w, 3) uint8 in rows of `columns`, each fitted into side x side pixels, with a line of text below."""
     font, line, gap = ImageFont.load_default(14), 20, 8
-    pictures = [ImageOps.contain(Image.fromarray(picture), (side, side)) for picture in pictures]
+    factors = [side / max(picture.shape[:2]) for picture in pictures]
+    pictures = [Image.fromarray(picture).resize([max(1, round(factor * length)) for length in picture.shape[1::-1]])
+                for picture, factor in zip(pictures, factors)]
     rows = [list(zip(pictures, captions))[start:start + columns] for start in range(0, len(pictures), columns)]
     heights = [max(picture.height for picture, _ in row) + line + gap for row in rows]
     sheet = Image.new("RGB", (columns * (side + gap) + gap, sum(heights) + gap), "white")
@@ -727,42 +756,23 @@ def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int,
 
 # ---------------------------------------------------------------- COCO: masks from the json
 
-def drawn_polygon(corners: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(K, 2) corners x, y -> (H, W) bool: drawn by Pillow at five times the size, then pixels at least half inside."""
-    mask = np.zeros((height, width), bool)
-    left, top = np.floor(corners.min(0)).clip(0, (width, height)).astype(int)
-    right, bottom = np.ceil(corners.max(0)).clip(0, (width, height)).astype(int)
-    if right > left and bottom > top:
-        fine = Image.new("L", (5 * (right - left), 5 * (bottom - top)))
-        ImageDraw.Draw(fine).polygon([tuple(5 * corner - 0.5) for corner in corners - (left, top)], fill=255)
-        coarse = fine.resize((right - left, bottom - top), Image.Resampling.BOX)
-        mask[top:bottom, left:right] = np.asarray(coarse) > 127
-    return mask
-
-
-def polygon_mask(polygon: list, height: int, width: int) -> np.ndarray:
-    """(H, W) bool from corners [x, y, x, y, ...]: by pycocotools, the official way, if it is installed.
-
-    Without it see `drawn_polygon`: on real objects the two agree to an IoU of 0.997 (pooled) and differ at the edges.
-    """
-    corners = np.array(polygon, dtype=np.float64).reshape(-1, 2)
-    if not (np.abs(corners) < 10 * max(height, width)).all():
-        raise ValueError("a corner is far outside the picture")
+def object_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+    """(H, W) bool of one COCO object, drawn by pycocotools: polygons, or for crowds {"counts": run lengths by columns}."""
     try:
         official = import_module("pycocotools.mask")
-    except ImportError:
-        return drawn_polygon(corners, height, width)
-    return official.decode(official.frPyObjects([polygon], height, width))[..., 0].astype(bool)
-
-
-def object_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """(H, W) bool of one COCO object: polygons, or for crowds {"counts": run lengths by columns, outside first}."""
+    except ImportError as error:
+        raise DataError("COCO's masks are drawn by the package pycocotools: `pip install pycocotools`") from error
     if isinstance(segmentation, list):
-        return np.any([polygon_mask(polygon, height, width) for polygon in segmentation], axis=0)
-    runs = segmentation["counts"]
-    if not isinstance(runs, list) or min(runs) < 0 or sum(runs) != height * width:
-        raise ValueError("run lengths are no list that adds up to the picture's size")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+        corners = np.concatenate([np.asarray(polygon, np.float64) for polygon in segmentation])
+        if not (np.abs(corners) < 10 * max(height, width)).all():
+            raise ValueError("a corner is far outside the picture")
+        runs = official.merge(official.frPyObjects(segmentation, height, width))
+    else:
+        counts = segmentation["counts"]
+        if not isinstance(counts, list) or min(counts) < 0 or sum(counts) != height * width:
+            raise ValueError("run lengths are no list that adds up to the picture's size")
+        runs = official.frPyObjects({"counts": counts, "size": [height, width]}, height, width)
+    return official.decode(runs).astype(bool)
 
 
 def coco_mask(height: int, width: int, objects: list, file: Path) -> np.ndarray:
@@ -775,7 +785,9 @@ def coco_mask(height: int, width: int, objects: list, file: Path) -> np.ndarray:
         for mask, number in sorted(masks, key=lambda item: -item[0].sum()):
             result[mask] = 1 + number
         return result
-    except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # pycocotools raises just that
         raise DataError(f"{file}: cannot draw an object ({error}); take the file out of the archive again") from error
 
 

@@ -1,11 +1,11 @@
 """02 - The frozen backbones: what do CLIP and DINO know about an image and a word?
 
 In     normalised images from 01_data, prompts, weight files in OpenAI's and Meta's own formats
-Out    `text_features`, `clip_features` (tokens and attention maps of every block), `dino_features`
+Out    `text_features`; `look` (tokens and attention maps of CLIP's blocks), `dino_features`
 Paper  WeCLIP (CVPR 2024), frozen CLIP encoder; WeCLIP+ (TPAMI 2025), frozen DINO encoder. Nothing in this file is ever
        trained by the method: it is read once, and every later file asks it for tokens.
 
-    python 02_backbone.py                           # the toy pair of `shapes` looks at a picture of its world
+    python 02_backbone.py --index 3                 # the toy pair of `shapes` looks at a picture of its world
     python 02_backbone.py cat.jpg --patch 7 9       # the pair of the papers (downloaded, hash checked) looks at yours
 
 Letters: B images, T = 1 + N tokens (CLS first), N = h * w patches, D width, L blocks, E joint embedding width, d width of a
@@ -18,6 +18,7 @@ import time
 import urllib.error
 import warnings
 import zipfile
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -104,31 +105,50 @@ def text_features(model: nn.Module, names: tuple[str, ...], template: str = data
     return F.normalize(model.encode_text(tokens.to(model.token_embedding.weight.device)), dim=-1)
 
 
+def patch_size(model: nn.Module) -> int:
+    """The side of CLIP's patches, pixels."""
+    return model.visual.conv1.kernel_size[0]
+
+
+def at_long_side(image: torch.Tensor, long_side: int, shortest: int) -> torch.Tensor:
+    """(3, H, W) -> (1, 3, H', W') with that long side, the other truncated to int, no side below `shortest`; bilinear."""
+    size = [max(int(length * long_side / max(image.shape[-2:])), shortest) for length in image.shape[-2:]]
+    return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)
+
+
+class Seen(NamedTuple):
+    """What CLIP saw in a batch of images."""
+
+    tokens: list[torch.Tensor]  # of all blocks but the last, L-1 of (B, 1+N, D)
+    maps: torch.Tensor          # (B, M, 1+N, 1+N), attention of the last M of these blocks, mean over heads, oldest first
+    grid: tuple[int, int]       # (h, w) patches
+
+
 @torch.no_grad()
-def clip_features(model: nn.Module, images: torch.Tensor, num_maps: int = 1) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """What does the frozen CLIP see in an image, block by block? (WeCLIP reads every block but the last.)
+def look(model: nn.Module, images: torch.Tensor, num_maps: int = 0, amp: torch.dtype | None = None) -> Seen:
+    """What does the frozen CLIP see in an image, block by block? The last block is left to 03_cam.grad_cam.
 
     images    (B, 3, H, W) normalised with ImageNet statistics; a remainder of H or W over the patch size is cut off
-    num_maps  how many of the last attention maps the caller needs, the last block's own included. That block runs
-              inside 03_cam.grad_cam, which makes the last map; 1 therefore asks for none here
-    ->        tokens: list of the L-1 outputs (B, 1+N, D) of all blocks but the last,
-              maps: (B, num_maps-1, 1+N, 1+N), attention averaged over the heads, oldest first
+    num_maps  of how many of the blocks, counted from the last of these, the attention map is wanted
+    amp       torch.bfloat16 or torch.float16 inside; what comes out is float32 all the same
     """
     visual = model.visual
-    patches = visual.conv1(images)  # (B, D, h, w)
-    position = clip_position_embedding(visual.positional_embedding, patches.shape[-2:])
-    cls = visual.class_embedding.expand(len(images), 1, -1)
-    x = visual.ln_pre(torch.cat([cls, patches.flatten(2).mT], dim=1) + position)
-    blocks = visual.transformer.resblocks
-    tokens, maps = [], []
-    for i, block in enumerate(blocks[:-1]):
-        attended, attn = attend(block.attn, block.ln_1(x), with_map=i >= len(blocks) - num_maps)
-        x = x + attended
-        x = x + block.mlp(block.ln_2(x))
-        tokens.append(x)
-        if attn is not None:
-            maps.append(attn)
-    return tokens, torch.stack(maps, dim=1) if maps else x.new_zeros(len(x), 0, x.shape[1], x.shape[1])
+    with in_precision(amp, images.device):
+        patches = visual.conv1(images)  # (B, D, h, w)
+        grid = tuple(patches.shape[-2:])
+        cls = visual.class_embedding.expand(len(images), 1, -1)
+        position = clip_position_embedding(visual.positional_embedding, grid)
+        x = visual.ln_pre(torch.cat([cls, patches.flatten(2).mT], dim=1) + position)
+        blocks, tokens, maps = visual.transformer.resblocks[:-1], [], []
+        for i, block in enumerate(blocks):
+            attended, attn = attend(block.attn, block.ln_1(x), with_map=i >= len(blocks) - num_maps)
+            x = x + attended
+            x = x + block.mlp(block.ln_2(x))
+            tokens.append(x.float())
+            if attn is not None:
+                maps.append(attn.float())
+    no_maps = tokens[0].new_zeros(len(x), 0, x.shape[1], x.shape[1])
+    return Seen(tokens, torch.stack(maps, dim=1) if maps else no_maps, grid)
 
 
 def attend(mha: nn.MultiheadAttention, x: torch.Tensor, with_map: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -304,15 +324,17 @@ def _download_dino(name: str) -> Path:
 
 
 @torch.no_grad()
-def dino_features(model: DINOv2, images: torch.Tensor) -> torch.Tensor:
+def dino_features(model: DINOv2, images: torch.Tensor, amp: torch.dtype | None = None) -> torch.Tensor:
     """What does the frozen DINO see? Its final-norm patch tokens on its own grid (WeCLIP+; released code).
 
     images  (B, 3, H, W), normalised as for CLIP; resized bilinearly to the next multiples of the patch size below
             (320 -> 308), at least one patch
-    ->      (B, d, h', w') with h' = H // patch, w' = W // patch
+    amp     as in `look`
+    ->      (B, d, h', w') float32 with h' = H // patch, w' = W // patch
     """
     size = [max(length // model.patch, 1) * model.patch for length in images.shape[-2:]]
-    return model(F.interpolate(images, size=size, mode="bilinear", align_corners=False))
+    with in_precision(amp, images.device):
+        return model(F.interpolate(images, size=size, mode="bilinear", align_corners=False)).float()
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -327,7 +349,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Both together: what every later file is handed
+# Devices and precision
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -347,47 +369,52 @@ def half_precision(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.bfloat16
 
 
-class Encoders(NamedTuple):
-    """The frozen half of the method, with the texts it was asked."""
-
-    clip: nn.Module
-    dino: nn.Module | None  # None: WeCLIP
-    text_fg: torch.Tensor   # (C-1, E) unit norm, one row per class
-    text_bg: torch.Tensor   # (n_bg, E) unit norm
-
-
-class Seen(NamedTuple):
-    """What the encoders saw in a batch of images."""
-
-    tokens: list[torch.Tensor]     # L-1 of (B, 1+N, D)
-    maps: torch.Tensor             # (B, num_maps-1, 1+N, 1+N), without the last block's
-    dino_map: torch.Tensor | None  # (B, d, h', w')
-    grid: tuple[int, int]          # (h, w) patches of CLIP
-
-
-def load_encoders(clip_name: str, dino_name: str | None, info, device: str | torch.device = "cpu") -> Encoders:
-    """Both backbones on a device and the text features of a data set's classes (`info` is a 01_data.DatasetInfo)."""
-    clip_model = load_clip(clip_name, device)
-    return Encoders(clip_model, load_dino(dino_name, device) if dino_name else None,
-                    text_features(clip_model, info.prompts), text_features(clip_model, info.background))
-
-
-def look(encoders: Encoders, images: torch.Tensor, num_maps: int = 1, amp: torch.dtype | None = None) -> Seen:
-    """One pass of the frozen encoders over (B, 3, H, W) normalised images. No gradient, nothing is stored.
-
-    num_maps  as in clip_features
-    amp       torch.bfloat16 or torch.float16 for the encoders; what comes out is float32 all the same
-    """
-    patch = encoders.clip.visual.conv1.kernel_size[0]
-    with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
-        tokens, maps = clip_features(encoders.clip, images, num_maps)
-        dino_map = None if encoders.dino is None else dino_features(encoders.dino, images).float()
-    return Seen([x.float() for x in tokens], maps.float(), dino_map, (images.shape[-2] // patch, images.shape[-1] // patch))
+def in_precision(amp: torch.dtype | None, device: torch.device) -> torch.autocast:
+    """The context in which a frozen encoder runs; None: float32."""
+    return torch.autocast(device.type, dtype=amp, enabled=amp is not None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # This file run alone: the towers, and a picture of what they see
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def demo_options(text: str) -> data.CommandLine:
+    """The options that the demos of 02, 03 and 04 share."""
+    p = data.CommandLine(text, "[images ...]")
+    p.add_argument("images", nargs="*", help="pictures or folders of pictures (default: one of `shapes`, seen by the toy pair)")
+    p.add_argument("--classes", nargs="+", metavar="NAME", help="what they show (default: what the one of `shapes` shows)")
+    p.add_argument("--background", nargs="+", metavar="WORD", help="background words (default: VOC's; with the toy, its own)")
+    p.add_argument("--index", type=data.natural, metavar="N", default=0, help="which of the validation pictures of `shapes`")
+    p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 for your pictures, the toy for `shapes`")
+    p.add_argument("--dino", metavar="NAME|FILE", help="default: dinov2_vits14 for your pictures, the toy for `shapes`")
+    p.add_argument("--long-side", type=data.count, metavar="N", help="pixels the network sees (default: 512; with the toy 112)")
+    p.add_argument("--output-dir", "--out", metavar="DIR", help="where pictures go (default: predictions/ beside yours)")
+    p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
+    return p
+
+
+def demo_pictures(args: argparse.Namespace) -> tuple[data.DatasetInfo, list[data.Sample]]:
+    """What do the demos look at, and which words do they ask for? Fills in what was not given of clip, dino, long_side.
+
+    -> the classes and background words, and the pictures; those of one's own show all of --classes
+    """
+    args.clip = args.clip or ("ViT-B/16" if args.images else "shapes")
+    args.dino = args.dino or ("dinov2_vits14" if args.images else "shapes")
+    info = data.DATASETS["shapes" if args.clip == "shapes" else "voc"]
+    args.long_side = args.long_side or (112 if info.name == "shapes" else 512)
+    if args.images:
+        samples = [data.Sample(path.stem, str(path), None, (), "none") for path in data.picture_files(args.images)]
+    else:
+        samples = data.list_samples(data.DATASETS["shapes"], None, "val")
+        if args.index >= len(samples):
+            raise data.DataError(f"--index {args.index}: the validation split has pictures 0 to {len(samples) - 1}")
+        samples = [samples[args.index]]
+        args.output_dir = args.output_dir or "predictions"  # not into the data set
+    if args.classes:
+        info = data.with_prompts("words", args.classes, args.background or [w for w in info.background if w not in args.classes])
+        samples = [replace(sample, mask=None, labels=tuple(range(len(info.classes)))) for sample in samples]
+    return info, samples
 
 
 def glow(image: np.ndarray, heat: torch.Tensor) -> np.ndarray:
@@ -408,15 +435,13 @@ def principal_colours(features: torch.Tensor) -> np.ndarray:
     return (255 * colours).byte().view(*features.shape[1:], -1).cpu().numpy()
 
 
-def draw_look(image: np.ndarray, seen: Seen, patch: tuple[int, int]) -> Image.Image:
+def draw_look(image: np.ndarray, seen: Seen, dino_map: torch.Tensor, patch: tuple[int, int]) -> Image.Image:
     """One picture, the attention of one of its patches in each block but the last, and PCAs of the last features."""
     row, column = patch
     here = torch.zeros(seen.grid)
     here[row, column] = 1
     attention = seen.maps[0, :, 1 + row * seen.grid[1] + column, 1:].unflatten(1, seen.grid)
-    towers = {"CLIP": seen.tokens[-1][0, 1:].mT.unflatten(1, seen.grid)}
-    if seen.dino_map is not None:
-        towers["DINO"] = seen.dino_map[0]
+    towers = {"CLIP": seen.tokens[-1][0, 1:].mT.unflatten(1, seen.grid), "DINO": dino_map[0]}
     side = (image.shape[1], image.shape[0])
     maps = [np.asarray(Image.fromarray(principal_colours(x)).resize(side, Image.Resampling.NEAREST)) for x in towers.values()]
     pictures = [image, glow(image, here), *maps, *(glow(image, x) for x in attention)]
@@ -425,59 +450,38 @@ def draw_look(image: np.ndarray, seen: Seen, patch: tuple[int, int]) -> Image.Im
     return data.contact_sheet(pictures, captions, columns=4)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = data.CommandLine(__doc__, "[image]")
-    p.add_argument("image", nargs="?", help="a picture (default: one of `shapes`, seen by the toy pair)")
-    p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 for your picture, the toy for `shapes`")
-    p.add_argument("--dino", metavar="NAME|FILE", help="or none; default: dinov2_vits14 for your picture, the toy for `shapes`")
-    p.add_argument("--patch", type=int, nargs=2, metavar=("ROW", "COL"), help="whose attention is drawn (default: the middle)")
-    p.add_argument("--long-side", type=data.count, metavar="N", default=320, help="pixels of your picture (default: %(default)s)")
-    p.add_argument("--output-dir", "--out", metavar="DIR", help="for NAME_look.png (default: predictions/ beside your picture)")
-    p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
-    return p.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    device, toy = choose_device(args.device), args.image is None
-    clip_name, dino_name = args.clip or ("shapes" if toy else "ViT-B/16"), args.dino or ("shapes" if toy else "dinov2_vits14")
-    info = data.DATASETS["shapes" if toy or clip_name == "shapes" else "voc"]
-    encoders = load_encoders(clip_name, None if dino_name == "none" else dino_name, info, device)
-    image, file = data.draw.scene(0, 1000)[0], Path("shapes")
-    if not toy:
-        image, file = data.load_image(args.image, as_displayed=True), Path(args.image)
-        patch_side = encoders.clip.visual.conv1.kernel_size[0]
-        image = data.rescale(image, max(args.long_side / max(image.shape[:2]), patch_side / min(image.shape[:2])))
-    images, blocks = data.normalize(image)[None].to(device), encoders.clip.visual.transformer.resblocks
-    start = time.perf_counter()
-    with torch.no_grad():
-        seen = look(encoders, images, len(blocks))
-    seconds = time.perf_counter() - start
-    patch = tuple(args.patch or (length // 2 for length in seen.grid))
-    if not all(0 <= place < length for place, length in zip(patch, seen.grid)):
-        raise data.DataError(f"--patch {patch[0]} {patch[1]} is outside; the picture has {seen.grid[0]} x {seen.grid[1]} patches")
-
-    print(f"CLIP {clip_name}: {len(blocks)} blocks, {blocks[0].attn.num_heads} heads, width {seen.tokens[0].shape[-1]}, "
-          f"patch {encoders.clip.visual.conv1.kernel_size[0]}; {describe_size(encoders.clip)}")
-    print(f"  text: {len(info.classes)} classes {tuple(encoders.text_fg.shape)}, "
-          f"{len(info.background)} background words {tuple(encoders.text_bg.shape)}")
-    print(f"  image {tuple(images.shape)} -> {len(seen.tokens)} x tokens {tuple(seen.tokens[0].shape)}, "
-          f"maps {tuple(seen.maps.shape)}, grid {seen.grid}")
-    if encoders.dino is not None:
-        print(f"DINOv2 {dino_name}: {len(encoders.dino.blocks)} blocks, width {encoders.dino.norm.weight.numel()}, "
-              f"patch {encoders.dino.patch}, {encoders.dino.registers} registers; {describe_size(encoders.dino)}")
-        print(f"  image {tuple(images.shape)} -> map {tuple(seen.dino_map.shape)}")
-    print(f"one look at one picture with all attention maps: {seconds:.3f} s on {device}")
-    [[target]] = data.result_files([file], args.output_dir, ("_look.png",))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draw_look(image, seen, patch).save(target)
-    print(target)
-    return 0
-
-
 def describe_size(model: nn.Module) -> str:
     count = sum(p.numel() for p in model.parameters())
     return f"{count / 1e6:.1f} M parameters, {4 * count / 2**20:.0f} MB, fingerprint {fingerprint(model)}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = demo_options(__doc__)
+    p.add_argument("--patch", type=int, nargs=2, metavar=("ROW", "COL"), help="whose attention is drawn (default: the middle)")
+    args = p.parse_args(argv)
+    (info, samples), device = demo_pictures(args), choose_device(args.device)
+    clip_model, dino = load_clip(args.clip, device), load_dino(args.dino, device)
+    blocks, side = clip_model.visual.transformer.resblocks, patch_size(clip_model)
+    print(f"CLIP {args.clip}: {len(blocks)} blocks, {blocks[0].attn.num_heads} heads, patch {side}; {describe_size(clip_model)}\n"
+          f"  text: {len(info.classes)} classes {tuple(text_features(clip_model, info.prompts).shape)}, "
+          f"{len(info.background)} background words\n"
+          f"DINOv2 {args.dino}: {len(dino.blocks)} blocks, patch {dino.patch}, {dino.registers} registers; {describe_size(dino)}")
+    files = [Path(sample.image) for sample in samples]
+    for file, [target] in zip(files, data.result_files(files, args.output_dir, ("_look.png",))):
+        image = data.load_image(file, as_displayed=True)
+        images, start = at_long_side(data.normalize(image), args.long_side, side).to(device), time.perf_counter()
+        seen, dino_map = look(clip_model, images, len(blocks) - 1), dino_features(dino, images)
+        seconds = time.perf_counter() - start
+        patch = tuple(args.patch or (length // 2 for length in seen.grid))
+        if not all(0 <= place < length for place, length in zip(patch, seen.grid)):
+            raise data.DataError(f"--patch {patch[0]} {patch[1]} is outside; the picture has {seen.grid[0]} x {seen.grid[1]} "
+                                 "patches")
+        print(f"{file.name}, {tuple(images.shape)}: {len(seen.tokens)} x tokens {tuple(seen.tokens[0].shape)}, maps "
+              f"{tuple(seen.maps.shape)}, DINO's map {tuple(dino_map.shape)}; {seconds:.3f} s on {device}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draw_look(image, seen, dino_map, patch).save(target)
+        print(target)
+    return 0
 
 
 if __name__ == "__main__":

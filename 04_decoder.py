@@ -1,109 +1,45 @@
-"""04 - Refinement, decoder, losses: how do maps become labels, and features become a segmentation?
+"""04 - Learning: which parts are trained, what do they learn from, and how do all stages fit together?
 
-In     tokens and attention maps (02_backbone), CAMs (03_cam), image-level labels
-Out    `refine` (CAM -> affinity -> PAR -> pseudo label), `WeCLIP` and `WeCLIPPlus` (the trained part), the losses,
-       `multi_scale_logits`, `enlarged_labels`; `CONFIGS`, the one table of numbers of both methods
+In     what the frozen encoders see (02_backbone), the stages from words to labels (03_cam)
+Out    `WeCLIP` and `WeCLIPPlus`, the methods: their functions are the stages in the order of the data, from the image to
+       the loss and to the prediction; the trained parts, the losses, the rows of numbers, checkpoints
 Paper  WeCLIP, CVPR 2024: decoder, refinement module (RFM), losses. WeCLIP+, TPAMI 2025: DINO branch, RFM+, self-labels.
-       PAR and the affinity loss are AFA's (CVPR 2022), the static affinity is CLIP-ES's (CVPR 2023).
+       The affinity loss is AFA's (CVPR 2022).
 
-    python 04_decoder.py                                 # a picture of `shapes` through every stage, and the score of each
-    python 04_decoder.py cat.jpg --classes cat sofa      # yours, from words alone: no training, no masks
+    python 04_decoder.py                                     # a picture of `shapes` through every stage: shapes and sizes
+    python 04_decoder.py --method weclip --index 3
+    python 04_decoder.py cat.jpg --classes cat sofa          # yours
 
-Letters: B images, P (image, class) pairs, C classes with background, H, W pixels, N = h * w patches, T = 1 + N tokens,
-D width of CLIP, M attention maps. Class 0 is the background; foreground class c of 03_cam is c + 1 in a label.
+Another method is a file methods/NAME.py with a class METHOD that inherits from one of these and replaces some stages.
+
+Letters: B images, P (image, class) pairs, C classes with background, H, W pixels, h, w and N = h * w patches, T = 1 + N
+tokens, D width of CLIP, M attention maps.
 """
 import argparse
 import math
 import sys
+import types
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_origin
 
-import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # our folder, wherever we are started from
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # our folder, wherever we are started from
 data = import_module("01_data")
 backbone = import_module("02_backbone")
 cam = import_module("03_cam")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The table of numbers: a method on a data set is a row, not a copy of the code
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every number of a run, those of the learning rate's shape aside. Defaults: WeCLIP on VOC, released code."""
-
-    method: str = "weclip"
-    # CAM
-    cam_input: int = -1             # which block output enters CLIP's last block: -1 the one before it; -2 skips one, as released
-    logit_scale_divisor: float = 1  # of exp(logit_scale); WeCLIP+ divides by 4 with ViT-L/14
-    # Affinity
-    static_maps: int = 8            # attention maps averaged before `dynamic_from`
-    dynamic_maps: int = 6           # candidates of the refinement module (RFM)
-    dynamic_from: int = 9_145       # step. Written as 15 000, but the released counter also counts validation forwards
-    box_fraction: float | None = 0.4  # of the CAM's maximum; None: no box mask
-    weigh_by_prob: bool = False     # RFM+: CAM times the current segmentation probability
-    # Decoder
-    fuse_blocks: int | None = None  # how many of the last block outputs are fused; None: all (11 of ViT-B)
-    depth: int = 3                  # transformer blocks of the decoder; 5 with DINOv2 ViT-L
-    # Losses
-    self_label_after: int | None = None  # step after which confident predictions replace pseudo labels
-    self_label_above: float = 0.75  # softmax probability
-    affinity_radius: int = 8        # patches, in rows and in columns
-    # Training
-    max_iters: int = 30_000         # optimiser steps
-    batch_size: int = 4             # images per step, all processes together
-    lr: float = 2e-3                # AdamW, of the decoder. The config says 2e-4, the script multiplies by 10
-    crop_size: int = 320            # pixels
-    scale_range: tuple[float, float] = (0.5, 2.0)  # of the random scale before the crop
-    eval_every: int = 2_000         # steps
-    # Inference
-    long_side: int = 512            # pixels, at scale 1
-    scales: tuple[float, ...] = (1.0, 0.75)
-
-
-_PLUS = Config(method="weclip+", box_fraction=None, weigh_by_prob=True, dynamic_from=0, fuse_blocks=1,
-               self_label_after=18_000, lr=2e-4, cam_input=-2, scales=(1.0, 1.5))
-_SHAPES = dict(static_maps=3, dynamic_maps=4, box_fraction=0.2, fuse_blocks=None, cam_input=-1, depth=1, max_iters=900,
-               batch_size=8, crop_size=112, scale_range=(1.0, 1.4), eval_every=900, long_side=112, scales=(1.0, 0.86),
-               lr=1e-3)  # towers of 5 blocks, of which both methods read all but CLIP's last; pictures of 96 pixels, enlarged
-
-CONFIGS = {
-    ("weclip", "voc"): Config(),
-    ("weclip", "coco"): Config(box_fraction=0.7, dynamic_maps=10, dynamic_from=40_000, max_iters=80_000, eval_every=10_000),
-    ("weclip+", "voc"): _PLUS,
-    ("weclip+", "coco"): replace(_PLUS, box_fraction=0.7, dynamic_maps=8, self_label_after=40_000, max_iters=80_000,
-                                 batch_size=8, cam_input=-1, eval_every=10_000),
-    ("weclip", "shapes"): replace(Config(), **_SHAPES, dynamic_from=450),
-    ("weclip+", "shapes"): replace(_PLUS, **_SHAPES, self_label_after=540),
-}
-
-
-def config_for(method: str, dataset: str, clip_model: nn.Module, dino: nn.Module | None) -> Config:
-    """Which numbers does a run use? The row of (method, data set), adapted to the backbones as the released code does.
-
-    A folder of one's own takes the row of VOC. ViT-L/14 means 12 maps; WeCLIP+ then divides CLIP's scale by 4;
-    DINOv2 ViT-L means 5 decoder blocks.
-    """
-    cfg = CONFIGS[method, dataset if (method, dataset) in CONFIGS else "voc"]
-    if clip_model.visual.conv1.kernel_size[0] == 14:
-        cfg = replace(cfg, static_maps=12, dynamic_maps=12, logit_scale_divisor=4 if method == "weclip+" else 1)
-    if dino is not None and dino.norm.weight.numel() == 1024:
-        cfg = replace(cfg, depth=5)
-    return cfg
-
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The trained part. Parameters bear the released code's names, so that its checkpoints of this part load as they are
+# The trained parts. Parameters bear the released code's names, so that its checkpoints of these load as they are
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -157,16 +93,14 @@ class Decoder(nn.Module):
 class Prediction(NamedTuple):
     """What one forward of the trained part gives."""
 
-    logits: torch.Tensor                # (B, C, h, w); WeCLIP+: mean of the two branches
-    fused: torch.Tensor                 # (B, 256, h, w), WeCLIP+ (B, 512, h, w); after dropout
-    branches: tuple[torch.Tensor, ...]  # WeCLIP+: logits from CLIP, logits from DINO; WeCLIP: ()
+    logits: torch.Tensor  # (B, C, h, w)
+    fused: torch.Tensor   # (B, 256, h, w), after dropout
 
 
-class WeCLIP(nn.Module):
-    """The trained part of WeCLIP: fuse head over all CLIP blocks but the last, and the decoder.
+class Head(nn.Module):
+    """The trained part of WeCLIP: a fuse head over the last `blocks` of the blocks that 02_backbone.look gives, and the decoder.
 
-    forward  tokens  list of (B, 1+N, D) as from 02_backbone.clip_features; grid (h, w)
-             ->      Prediction
+    forward  02_backbone.Seen -> Prediction
     """
 
     def __init__(self, num_classes: int, clip_width: int = 768, blocks: int = 11, depth: int = 3, dropout: float = 0.1):
@@ -175,19 +109,27 @@ class WeCLIP(nn.Module):
         self.decoder_fts_fuse = FuseHead(clip_width, blocks, dropout=dropout)
         self.decoder = Decoder(num_classes, depth)
 
-    def fuse_clip(self, tokens: list[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
-        return self.decoder_fts_fuse([x[:, 1:] for x in tokens[-self.blocks:]], grid)  # without CLS
+    def fuse_clip(self, seen) -> torch.Tensor:
+        return self.decoder_fts_fuse([x[:, 1:] for x in seen.tokens[-self.blocks:]], seen.grid)  # without CLS
 
-    def forward(self, tokens: list[torch.Tensor], grid: tuple[int, int], dino_map: None = None) -> Prediction:
-        fused = self.fuse_clip(tokens, grid)
-        return Prediction(self.decoder(fused), fused, ())
+    def forward(self, seen) -> Prediction:
+        fused = self.fuse_clip(seen)
+        return Prediction(self.decoder(fused), fused)
 
 
-class WeCLIPPlus(WeCLIP):
+class PredictionOfBoth(NamedTuple):
+    """Prediction, and that of each branch: logits are their mean, fused features lie side by side."""
+
+    logits: torch.Tensor   # (B, C, h, w)
+    fused: torch.Tensor    # (B, 512, h, w)
+    of_clip: torch.Tensor  # (B, C, h, w) logits
+    of_dino: torch.Tensor  # (B, C, h, w) logits
+
+
+class TwoBranches(Head):
     """The trained part of WeCLIP+: a second fuse head for DINO; one decoder reads both.
 
-    forward  tokens, grid as in WeCLIP; dino_map (B, d, h', w') as from 02_backbone.dino_features
-             ->      Prediction, the logits being the mean of both branches
+    forward  SeenByBoth -> PredictionOfBoth
     """
 
     def __init__(self, num_classes: int, clip_width: int = 768, dino_width: int = 384, blocks: int = 1, depth: int = 3,
@@ -195,196 +137,20 @@ class WeCLIPPlus(WeCLIP):
         super().__init__(num_classes, clip_width, blocks, depth, dropout)
         self.dino_decoder_fts_fuse = FuseHead(dino_width, 1, dropout=dropout)
 
-    def fuse_dino(self, dino_map: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        fused = self.dino_decoder_fts_fuse([dino_map.flatten(2).mT], dino_map.shape[-2:])  # on DINO's own grid
-        return F.interpolate(fused, size=tuple(grid), mode="bilinear", align_corners=False)
+    def fuse_dino(self, seen) -> torch.Tensor:
+        on_its_grid = self.dino_decoder_fts_fuse([seen.dino_map.flatten(2).mT], seen.dino_map.shape[-2:])
+        return cam.enlarge(on_its_grid, seen.grid)
 
-    def forward(self, tokens: list[torch.Tensor], grid: tuple[int, int], dino_map: torch.Tensor) -> Prediction:
-        fused = self.fuse_clip(tokens, grid), self.fuse_dino(dino_map, grid)
-        branches = tuple(self.decoder(features) for features in fused)
-        return Prediction(sum(branches) / 2, torch.cat(fused, dim=1), branches)
-
-
-def build_model(cfg: Config, num_classes: int, clip_model: nn.Module, dino: nn.Module | None) -> WeCLIP:
-    """The trained part that fits the backbones, freshly initialised."""
-    width = clip_model.visual.conv1.out_channels
-    blocks = cfg.fuse_blocks or len(clip_model.visual.transformer.resblocks) - 1
-    if cfg.method == "weclip":
-        return WeCLIP(num_classes, width, blocks, cfg.depth)
-    return WeCLIPPlus(num_classes, width, dino.norm.weight.numel(), blocks, cfg.depth)
+    def forward(self, seen) -> PredictionOfBoth:
+        of_both = self.fuse_clip(seen), self.fuse_dino(seen)
+        logits = [self.decoder(fused) for fused in of_both]
+        return PredictionOfBoth(sum(logits) / 2, torch.cat(of_both, dim=1), *logits)
 
 
 def learned_affinity(fused: torch.Tensor) -> torch.Tensor:
     """Do two patches show the same class? sigmoid(F^T F) of the fused features: (B, width, h, w) -> (B, N, N)."""
     flat = fused.flatten(2)
     return (flat.mT @ flat).sigmoid()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Refinement: CAM -> affinity -> PAR -> pseudo label. No gradient flows through any of it
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def static_affinity(maps: torch.Tensor, count: int) -> torch.Tensor:
-    """Which patches attend to each other in CLIP itself? (CLIP-ES; WeCLIP before the switch.)
-
-    maps  (B, M, T, T) attention of the last M blocks; the last `count` are averaged, CLS cut off, not renormalised
-    ->    (B, N, N)
-    """
-    return maps[:, -count:, 1:, 1:].mean(dim=1)
-
-
-def dynamic_affinity(maps: torch.Tensor, count: int, learned: torch.Tensor) -> torch.Tensor:
-    """Which attention maps deserve trust, now that the decoder has learned something? (RFM, refinement module.)
-
-    maps     (B, M, T, T); the last `count` are the candidates
-    learned  (B, N, N) of `learned_affinity`
-    ->       (B, N, N): mean of the kept maps (over count + 1e-5), times `learned` element by element
-
-    The released code keeps map l if sum(learned - map_l) is at most its mean over the candidates. The sum of `learned`
-    is the same for all l: kept are the maps with at least the average patch-to-patch mass, those that attend least to CLS.
-    """
-    patches = maps[:, -count:, 1:, 1:]
-    mass = patches.sum(dim=(2, 3))  # (B, count)
-    keep = (mass >= mass.mean(dim=1, keepdim=True) * (1 - 1e-6)).to(maps.dtype)  # rounding must not drop equal maps
-    return torch.einsum("bm,bmij->bij", keep / (keep.sum(dim=1, keepdim=True) + 1e-5), patches) * learned
-
-
-def transition_matrix(affinity: torch.Tensor) -> torch.Tensor:
-    """How does activation flow between patches? (B, N, N) -> (B, N, N); CLIP-ES.
-
-    Columns, then rows are divided by their sums, three times in all (Sinkhorn); symmetrised; squared once.
-    """
-    for _ in range(3):
-        affinity = affinity / affinity.sum(dim=1, keepdim=True)
-        affinity = affinity / affinity.sum(dim=2, keepdim=True)
-    affinity = (affinity + affinity.mT) / 2
-    return affinity @ affinity
-
-
-def spread(transition: torch.Tensor, cams: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-    """Send each CAM's activation along the transition matrix of its image. (P, h, w) -> (P, h, w), not normalised.
-
-    A CAM multiplied by its box mask first is what the released code does with the matrix' columns.
-    """
-    flat = cams.flatten(1)[..., None]  # (P, N, 1)
-    return (transition[pairs[:, 0].to(cams.device)] @ flat).view_as(cams)
-
-
-PAR_DILATIONS = (1, 2, 4, 8, 12, 24)  # pixels
-PAR_OFFSETS = [(dy * d, dx * d) for d in PAR_DILATIONS
-               for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]  # 48 neighbours
-
-
-def _neighbours(maps: torch.Tensor):
-    """The 48 shifted views of (B, X, H, W), borders replicated; one padded copy, no copy per neighbour."""
-    reach, (height, width) = max(PAR_DILATIONS), maps.shape[-2:]
-    padded = F.pad(maps, (reach,) * 4, mode="replicate")
-    for dy, dx in PAR_OFFSETS:
-        yield padded[..., reach + dy:reach + dy + height, reach + dx:reach + dx + width]
-
-
-def par_weights(images: torch.Tensor) -> torch.Tensor:
-    """Which of its 48 neighbours does a pixel resemble? (B, 3, H, W) -> (B, 48, H, W); the weights sum to 1.01.
-
-    Colour: softmax over the neighbours of the channel mean of -(|difference| / (0.3 std))^2, std unbiased over the
-    neighbours; position: the same of the distances, times 0.01 (AFA).
-    """
-    count = len(PAR_OFFSETS)
-    mean = sum(_neighbours(images)) / count
-    squares = torch.zeros_like(images)
-    for x in _neighbours(images):
-        squares.addcmul_(x - mean, x - mean)
-    precision = 1 / (0.3 * ((squares / (count - 1)).sqrt() + 1e-8))
-    colour = images.new_empty(len(images), count, *images.shape[-2:])
-    for n, x in enumerate(_neighbours(images)):
-        torch.mean((x - images).mul_(precision).square_(), dim=1, out=colour[:, n])
-    distance = torch.tensor([(dy * dy + dx * dx) ** 0.5 for dy, dx in PAR_OFFSETS], device=images.device)
-    position = -(distance / (distance.std() + 1e-8) / 0.3).square()
-    colour.sub_(colour.amin(dim=1, keepdim=True)).neg_().exp_()  # softmax in place: no other tensor here is as large
-    return colour.div_(colour.sum(dim=1, keepdim=True)).add_(0.01 * position.softmax(dim=0)[:, None, None])
-
-
-def par(images: torch.Tensor, maps: torch.Tensor, iterations: int = 20) -> torch.Tensor:
-    """Pixel-adaptive refinement (PAR, AFA): let the maps follow the edges of the image.
-
-    images  (B, 3, any size), normalised; resized to the maps with corners aligned
-    maps    (B, X, H, W), any number X of maps per image
-    ->      (B, X, H, W); each iteration replaces a pixel by the weighted sum of its 48 neighbours. Since these weights sum to
-            1.01, twenty iterations scale the maps by 1.22, all alike
-    """
-    images = F.interpolate(images, size=maps.shape[-2:], mode="bilinear", align_corners=True)
-    weights = par_weights(images)
-    for _ in range(iterations):
-        refined = torch.zeros_like(maps)
-        for weight, neighbour in zip(weights.unbind(1), _neighbours(maps), strict=True):
-            refined.addcmul_(weight[:, None], neighbour)
-        maps = refined
-    return maps
-
-
-def stack_scores(refined: torch.Tensor, pairs: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The maps of each image under one another, its background score first.
-
-    refined  (P, H, W) in [0, 1)
-    pairs    (P, 2) on the CPU
-    ->       scores (B, 1+K, H, W), K the largest number of classes in an image: background 1 - max over the classes, the
-             image's classes, zeros; ids (B, 1+K) label of each map. Without any class the background score is 1
-    """
-    counts = torch.bincount(pairs[:, 0], minlength=batch)
-    slot = 1 + torch.arange(len(pairs)) - (counts.cumsum(0) - counts)[pairs[:, 0]]
-    where = (pairs[:, 0].to(refined.device), slot.to(refined.device))
-    scores = refined.new_zeros(batch, 1 + int(counts.max()), *refined.shape[-2:])
-    ids = torch.zeros(scores.shape[:2], dtype=torch.long, device=refined.device)
-    scores[where], ids[where] = refined, pairs[:, 1].to(refined.device) + 1
-    scores[:, 0] = 1 - scores[:, 1:].amax(dim=1) if scores.shape[1] > 1 else 1
-    return scores, ids
-
-
-def best_label(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """(B, 1+K, H, W) scores and (B, 1+K) ids -> (B, H, W) long: every pixel takes the id of its best map.
-
-    None is void: the black padding of a crop gets a label too. 255 occurs in true masks only.
-    """
-    best = scores.argmax(dim=1)
-    return ids.gather(1, best.flatten(1)).view_as(best)
-
-
-class Refined(NamedTuple):
-    """Every rung of the ladder from CAM to pseudo label."""
-
-    transition: torch.Tensor  # (B, N, N), before the box mask
-    spread: torch.Tensor      # (P, h, w), not normalised
-    maps: torch.Tensor        # (P, H, W) in [0, 1)
-    scores: torch.Tensor      # (B, 1+K, H, W) after PAR
-    labels: torch.Tensor      # (B, H, W) long, the pseudo label
-
-
-@torch.no_grad()
-def refine(cfg: Config, images: torch.Tensor, cams: torch.Tensor, maps: torch.Tensor, learned: torch.Tensor,
-           probs: torch.Tensor, pairs: torch.Tensor, size: tuple[int, int], dynamic: bool) -> Refined:
-    """From CAMs to the pseudo label of a batch (WeCLIP: RFM; WeCLIP+: RFM+).
-
-    images   (B, 3, H', W') as the network saw them
-    cams     (P, h, w) normalised, of 03_cam.normalize_cams
-    maps     (B, M, T, T) attention, the last block's included
-    learned  (B, N, N) of `learned_affinity`
-    probs    (B, C, h, w) softmax of the current prediction; read by WeCLIP+ only
-    pairs    (P, 2) on the CPU
-    size     (H, W) of the label: the crop in training, the original image when scoring
-    dynamic  RFM's affinity; else the static one
-    """
-    affinity = (dynamic_affinity(maps, cfg.dynamic_maps, learned) if dynamic else static_affinity(maps, cfg.static_maps))
-    transition = transition_matrix(affinity)
-    sources = cams if cfg.box_fraction is None else cams * cam.box_masks(cams, cfg.box_fraction)
-    if cfg.weigh_by_prob:  # after the boxes, which come from the plain CAM
-        image_of, class_of = pairs.to(cams.device).unbind(1)
-        sources = sources * probs[image_of, class_of + 1]
-    flow = spread(transition, sources, pairs)
-    upsampled = F.interpolate(cam.min_max(flow)[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
-    scores, ids = stack_scores(upsampled, pairs, len(images))
-    scores = par(images, scores)
-    return Refined(transition, flow, upsampled, scores, best_label(scores, ids))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -470,138 +236,369 @@ def self_labels(labels: torch.Tensor, logits: torch.Tensor, above: float) -> tor
     return predicted.where(confidence > above, labels)
 
 
-def losses(cfg: Config, prediction: Prediction, learned: torch.Tensor, labels: torch.Tensor,
-           step: int) -> dict[str, torch.Tensor]:
-    """All losses of a step, by name; "total" is what is minimised.
-
-    learned  (B, N, N) of `learned_affinity`, with its gradient
-    labels   (B, H, W) long: pseudo labels, or true masks when fully supervised
-    WeCLIP   seg + 0.1 aff
-    WeCLIP+  seg + 0.1 aff + 0.1 (mutual_clip + mutual_dino) + dice; a mutual loss teaches one branch the other's argmax
-    """
-    def to_pixels(logits):
-        return F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-
-    logits = to_pixels(prediction.logits)
-    aff = affinity_loss(learned, affinity_label(labels, prediction.logits.shape[-2:], cfg.affinity_radius))
-    if cfg.self_label_after is not None and step > cfg.self_label_after:  # the affinity label was taken before
-        labels = self_labels(labels, logits.detach(), cfg.self_label_above)
-    parts = {"seg": seg_loss(logits, labels), "aff": aff}
-    total = parts["seg"] + 0.1 * aff
-    if prediction.branches:
-        of_clip, of_dino = (to_pixels(branch) for branch in prediction.branches)
-        parts["mutual_clip"] = seg_loss(of_clip, of_dino.argmax(dim=1))
-        parts["mutual_dino"] = seg_loss(of_dino, of_clip.argmax(dim=1))
-        parts["dice"] = dice_loss(logits, labels)
-        total = total + 0.1 * (parts["mutual_clip"] + parts["mutual_dino"]) + parts["dice"]
-    return parts | {"total": total}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# The stages in one call: what 05 does in a step, and what 06 does with a picture
+# WeCLIP
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def label_images(cfg: Config, encoders, images: torch.Tensor, seen, prediction: Prediction, pairs: torch.Tensor,
-                 size: tuple[int, int], dynamic: bool) -> tuple[torch.Tensor, Refined]:
-    """Pseudo labels of a batch from its image-level labels: the CAMs (P, h, w) and everything that `refine` makes of them.
+ABOVE_ZERO = ("max_iters", "batch_size", "lr", "crop_size", "scale_range", "eval_every", "long_side", "scales", "depth")
 
-    encoders, seen  02_backbone.Encoders, and its `look` at the images with at least `maps_needed` attention maps
-    prediction      of the trained part, on the same images; nothing here sends a gradient into it
-    pairs           (P, 2) on the CPU, of 03_cam.class_pairs
+
+@dataclass(frozen=True)
+class Config:
+    """The numbers that every method has. Defaults: WeCLIP on VOC, released code. Each field is an option of 05_train.py."""
+
+    clip: str = "ViT-B/16"          # OpenAI's name, a file, or `shapes` (the toy)
+    # Training
+    max_iters: int = 30_000         # optimiser steps
+    batch_size: int = 4             # images per step, all processes together; -b counts per process
+    lr: float = 2e-3                # AdamW, of what is trained. The released config says 2e-4, its script multiplies by 10
+    warmup: int = 50                # steps
+    weight_decay: float = 0.01      # AdamW
+    crop_size: int = 320            # pixels
+    scale_range: tuple[float, float] = (0.5, 2.0)  # of the random scale before the crop
+    eval_every: int = 2_000         # steps
+    # Inference
+    long_side: int = 512            # pixels, at scale 1
+    scales: tuple[float, ...] = (1.0, 0.75)
+    crf_gaussian: tuple[float, float] = (3, 3)           # pixels, weight
+    crf_bilateral: tuple[float, float, float] = (64, 5, 4)  # pixels, grey levels, weight
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                wrong = isinstance(number, (int, float)) and not 0 <= number < math.inf
+                if wrong or (number == 0 and field.name in ABOVE_ZERO):
+                    raise data.DataError(f"--{field.name.replace('_', '-')} {number}: wanted a number "
+                                         f"{'above 0' if field.name in ABOVE_ZERO else 'that is not negative'}")
+
+
+@dataclass(frozen=True)
+class WeCLIPConfig(Config):
+    """WeCLIP's own numbers; defaults as in the released code for VOC."""
+
+    # CAM
+    cam_skip: int = 0               # blocks left out just before CLIP's last one
+    logit_scale_divisor: float = 1  # of exp(logit_scale)
+    box_fraction: float | None = 0.4  # of the CAM's maximum; None: no box mask
+    # Affinity
+    static_maps: int = 8            # attention maps averaged before `dynamic_from`
+    dynamic_maps: int = 6           # candidates of the refinement module (RFM)
+    dynamic_from: int = 9_145       # step. Written as 15 000, but the released counter also counts validation forwards
+    # Decoder and losses
+    fuse_blocks: int | None = None  # how many of the last block outputs are fused; None: all (11 of ViT-B)
+    depth: int = 3                  # transformer blocks of the decoder
+    affinity_radius: int = 8        # patches, in rows and in columns
+
+
+SHAPES = dict(clip="shapes", static_maps=3, dynamic_maps=4, box_fraction=0.2, cam_skip=0, fuse_blocks=None, depth=1,
+              max_iters=900, batch_size=8, lr=1e-3, crop_size=112, scale_range=(1.0, 1.4), eval_every=900, long_side=112,
+              scales=(1.0, 0.86))  # towers of 5 blocks, of which all but CLIP's last are read; pictures of 96 pixels, enlarged
+
+
+class Rungs(NamedTuple):
+    """Every rung of the ladder from CAM to pseudo label."""
+
+    cams: torch.Tensor        # (P, h, w) in [0, 1)
+    transition: torch.Tensor  # (B, N, N)
+    flow: torch.Tensor        # (P, h, w), refined CAMs, not normalised
+    maps: torch.Tensor        # (P, H, W) refined CAMs in [0, 1)
+    scores: torch.Tensor      # (B, 1+K, H, W) of background and classes, after PAR
+    labels: torch.Tensor      # (B, H, W) long, the pseudo label
+
+
+class WeCLIP:
+    """From the image to the loss: each function is a stage, in the order of the data. A relative replaces some of them.
+
+    step        of the training; None: a picture is looked at or scored, by what has been learned so far
+    prediction  of the trained part on the same images; None: nothing has been learned. No label sends a gradient into it
+    pairs       (P, 2) of 03_cam.class_pairs, on the CPU: all the supervision there is
     """
-    scale = encoders.clip.logit_scale.exp() / cfg.logit_scale_divisor
-    raw, _, last_map = cam.grad_cam(encoders.clip, seen.tokens[cfg.cam_input], encoders.text_fg, encoders.text_bg, pairs,
+
+    rows = {"voc": WeCLIPConfig(),
+            "coco": WeCLIPConfig(box_fraction=0.7, dynamic_maps=10, dynamic_from=40_000, max_iters=80_000, eval_every=10_000),
+            "shapes": WeCLIPConfig(**SHAPES, dynamic_from=450)}
+    with_masks = {}  # numbers that are others where masks are given to learn from
+    rungs = ("CAM", "refined", "pseudo label")
+
+    @classmethod
+    def load(cls, cfg, device) -> dict[str, nn.Module]:
+        """What is frozen, by the name of its field in the row. A checkpoint keeps the fingerprint of each."""
+        return {"clip": backbone.load_clip(cfg.clip, device)}
+
+    @classmethod
+    def suited(cls, cfg, frozen: dict):
+        """What the released code changes in a row for another backbone: ViT-L/14 means 12 maps."""
+        return replace(cfg, static_maps=12, dynamic_maps=12) if backbone.patch_size(frozen["clip"]) == 14 else cfg
+
+    def __init__(self, cfg, info, frozen: dict, state: dict | None = None):
+        """info: 01_data.DatasetInfo. state: of the trained part, from a checkpoint."""
+        self.cfg, self.info, self.frozen, self.clip = cfg, info, frozen, frozen["clip"]
+        self.device = self.clip.logit_scale.device
+        self.model = self.build(state).to(self.device)
+        if state is not None:
+            self.model.load_state_dict(state)
+        self.network = self.model  # 05_train puts DistributedDataParallel around it
+        self.text_fg, self.text_bg = self.texts()
+
+    def build(self, state: dict | None = None) -> nn.Module:
+        """The trained part: forward(seen) -> Prediction. Its state dict is the checkpoint."""
+        blocks = self.cfg.fuse_blocks or len(self.clip.visual.transformer.resblocks) - 1
+        return Head(self.info.num_classes, self.clip.visual.conv1.out_channels, blocks, self.cfg.depth)
+
+    def texts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> (C-1, E) of the classes, (n_bg, E) of the background words, unit norm."""
+        return tuple(backbone.text_features(self.clip, words) for words in (self.info.prompts, self.info.background))
+
+    def look(self, images: torch.Tensor, for_labels: bool, step: int | None = None, amp: torch.dtype | None = None):
+        """What the frozen encoders see; only labels need attention maps. (B, 3, H, W) -> 02_backbone.Seen, or more."""
+        maps = max(self.cfg.static_maps, self.cfg.dynamic_maps) - 1  # the last block's is made with the CAM
+        return backbone.look(self.clip, images, maps if for_labels else 0, amp)
+
+    def cams(self, seen, prediction, pairs: torch.Tensor, step: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where do the words light up? -> (P, h, w) in [0, 1); attention maps (B, M, T, T), the last block's now with them."""
+        scale = self.clip.logit_scale.exp() / self.cfg.logit_scale_divisor
+        raw, _, last = cam.grad_cam(self.clip, seen.tokens[-1 - self.cfg.cam_skip], self.text_fg, self.text_bg, pairs,
                                     seen.grid, scale)
-    cams = cam.normalize_cams(raw)
-    maps = torch.cat([seen.maps, last_map[:, None]], dim=1)
-    with torch.no_grad():
-        learned, probs = learned_affinity(prediction.fused), prediction.logits.softmax(dim=1)
-    return cams, refine(cfg, images, cams, maps, learned, probs, pairs, size, dynamic)
+        return cam.normalize_cams(raw), torch.cat([seen.maps, last[:, None]], dim=1)
+
+    def learned(self, prediction, step: int | None = None) -> torch.Tensor:
+        """Which patches belong together, says the trained part. -> (B, N, N)"""
+        return learned_affinity(prediction.fused)
+
+    def affinity(self, maps: torch.Tensor, prediction, step: int | None = None) -> torch.Tensor:
+        """Which patches belong together? First CLIP says it alone, then with the trained part (RFM). -> (B, N, N)"""
+        if not self.dynamic(prediction, step):
+            return cam.static_affinity(maps, self.cfg.static_maps)
+        return cam.dynamic_affinity(maps, self.cfg.dynamic_maps, self.learned(prediction, step))
+
+    def dynamic(self, prediction, step: int | None) -> bool:
+        """Has enough been learned to have a say in the labels?"""
+        return prediction is not None and (step is None or step >= self.cfg.dynamic_from)
+
+    def sources(self, cams: torch.Tensor, prediction, pairs: torch.Tensor, step: int | None = None) -> torch.Tensor:
+        """Which activation may spread? That in the boxes around the strong regions. (P, h, w) -> (P, h, w)"""
+        return cams if self.cfg.box_fraction is None else cams * cam.box_masks(cams, self.cfg.box_fraction)
+
+    def label(self, images: torch.Tensor, seen, flow: torch.Tensor, pairs: torch.Tensor,
+              size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Refined CAMs -> maps (P, H, W), scores (B, 1+K, H, W) along the edges of the images, labels (B, H, W)."""
+        maps = cam.enlarge(cam.min_max(flow), size)
+        scores, ids = cam.stack_scores(maps, pairs, len(images))
+        scores = cam.par(images, scores)
+        return maps, scores, cam.best_label(scores, ids)
+
+    @torch.no_grad()
+    def pseudo_labels(self, images: torch.Tensor, pairs: torch.Tensor, seen, prediction, size: tuple[int, int],
+                      step: int | None = None) -> Rungs:
+        """All stages in a row: from the image-level labels of (B, 3, H', W') images to labels of `size` (H, W)."""
+        cams, maps = self.cams(seen, prediction, pairs, step)
+        transition = cam.transition_matrix(self.affinity(maps, prediction, step))
+        flow = cam.spread(transition, self.sources(cams, prediction, pairs, step), pairs)
+        return Rungs(cams, transition, flow, *self.label(images, seen, flow, pairs, size))
+
+    def affinity_loss(self, prediction, labels: torch.Tensor, step: int) -> torch.Tensor:
+        """Patches of one label belong together, others do not."""
+        target = affinity_label(labels, prediction.logits.shape[-2:], self.cfg.affinity_radius)
+        return affinity_loss(self.learned(prediction, step), target)
+
+    def losses(self, prediction, labels: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+        """All losses by name, "total" is what is minimised. labels (B, H, W) long: pseudo labels or masks, 255 is left out."""
+        parts = {"seg": seg_loss(cam.enlarge(prediction.logits, labels.shape[-2:]), labels),
+                 "aff": self.affinity_loss(prediction, labels, step)}
+        return parts | {"total": parts["seg"] + 0.1 * parts["aff"]}
+
+    def network_image(self, image: torch.Tensor, scale: float = 1) -> torch.Tensor:
+        """(3, H, W) at its own size -> (1, 3, H', W') as the network sees it: long side cfg.long_side, times `scale`.
+
+        Resized by the factor, not to a size: the sampling positions use the factor itself, as in the released code.
+        """
+        shortest = math.ceil(backbone.patch_size(self.clip) / min(1, scale))  # what leaves a patch
+        base = backbone.at_long_side(image, self.cfg.long_side, shortest)
+        return base if scale == 1 else F.interpolate(base, scale_factor=scale, mode="bilinear", align_corners=False)
+
+    @torch.no_grad()
+    def logits(self, image: torch.Tensor, scales: tuple[float, ...] | None = None, flip: bool = True,
+               amp: torch.dtype | None = None) -> torch.Tensor:
+        """What is where in one image (3, H, W) at its own size, without any label? -> (C, h, w) on the first scale's patches.
+
+        scales  averaged; None: cfg.scales. flip: each with its mirror image. (1,) and False: the released "single scale"
+        """
+        sums, grid = 0, None
+        for scale in scales or self.cfg.scales:
+            x = self.network_image(image, scale)
+            found = self.model(self.look(torch.cat([x, x.flip(-1)]) if flip else x, for_labels=False, amp=amp)).logits
+            grid = grid or found.shape[-2:]
+            found = cam.enlarge(found, grid)
+            sums = sums + ((found[0] + found[1].flip(-1)) / 2 if flip else found[0])
+        return sums / len(scales or self.cfg.scales)
+
+    @torch.no_grad()
+    def ladder(self, image: torch.Tensor, labels: torch.Tensor, amp: torch.dtype | None = None) -> "Ladder":
+        """Every stage of one image (3, H, W) as a label map: how much does each add? One scale, no mirror.
+
+        labels  (C-1,) multi-hot image-level labels: the rungs need them, the segmentation does not
+        """
+        images, pairs, size = self.network_image(image), cam.class_pairs(labels[None].cpu()), image.shape[-2:]
+        seen = self.look(images, for_labels=True, amp=amp)
+        prediction = self.model(seen)
+        found = self.pseudo_labels(images, pairs, seen, prediction, size)
+        maps = dict(zip(self.rungs, (cam.enlarge(found.cams, size), found.maps)))
+        steps = {rung: cam.best_label(*cam.stack_scores(x, pairs, 1))[0] for rung, x in maps.items()}
+        segmentation = cam.enlarged_labels(prediction.logits[0], size)
+        return Ladder(steps | {self.rungs[-1]: found.labels[0], "segmentation": segmentation}, maps)
 
 
-def maps_needed(cfg: Config, dynamic: bool) -> int:
-    """How many attention maps `label_images` reads, the last block's included: the other blocks need not form theirs."""
-    return cfg.dynamic_maps if dynamic else cfg.static_maps
+class Ladder(NamedTuple):
+    """One image through all stages, by the name of the rung."""
+
+    labels: dict[str, torch.Tensor]  # (H, W) long; the last is the segmentation
+    maps: dict[str, torch.Tensor]    # (K, H, W) in [0, 1), what the first labels are made of; classes ascending
 
 
-@torch.no_grad()
-def ladder(cfg: Config, encoders, model: WeCLIP, image: torch.Tensor, labels: torch.Tensor,
-           amp: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Every stage of one image as a label map: how much does each step add? Single scale, no mirror, dynamic affinity.
+# ----------------------------------------------------------------------------------------------------------------------
+# WeCLIP+
+# ----------------------------------------------------------------------------------------------------------------------
 
-    image   (3, H, W) normalised, at its own size; the network sees it at long side cfg.long_side
-    labels  (C-1,) multi-hot image-level labels. The CAM and what is made of it need them, the segmentation does not
-    ->      {"CAM", "refined", "pseudo label", "segmentation"}: (H, W) long, and the maps behind the first two:
-            {"cams", "refined_maps"}: (K, H, W) in [0, 1), classes ascending
+
+@dataclass(frozen=True)
+class WeCLIPPlusConfig(WeCLIPConfig):
+    """WeCLIP+'s numbers; defaults as in the released code for VOC."""
+
+    dino: str = "dinov2_vits14"     # Meta's name, a file, or `shapes` (the toy)
+    lr: float = 2e-4
+    cam_skip: int = 1               # as released
+    box_fraction: float | None = None
+    dynamic_from: int = 0
+    fuse_blocks: int | None = 1
+    self_label_after: int | None = 18_000  # step after which confident predictions replace pseudo labels; None: never
+    self_label_above: float = 0.75  # softmax probability
+    scales: tuple[float, ...] = (1.0, 1.5)
+
+
+class SeenByBoth(NamedTuple):
+    """What CLIP saw, as in 02_backbone.Seen, and what DINO saw."""
+
+    tokens: list[torch.Tensor]
+    maps: torch.Tensor
+    grid: tuple[int, int]
+    dino_map: torch.Tensor  # (B, d, h', w')
+
+
+class WeCLIPPlus(WeCLIP):
+    """A frozen DINO beside CLIP, one decoder for both (TPAMI 2025). Replaces: load, suited, build, look, sources, losses."""
+
+    rows = {"voc": WeCLIPPlusConfig(),
+            "coco": WeCLIPPlusConfig(box_fraction=0.7, dynamic_maps=8, self_label_after=40_000, max_iters=80_000, batch_size=8,
+                                     cam_skip=0, eval_every=10_000),
+            "shapes": WeCLIPPlusConfig(**SHAPES, dino="shapes", self_label_after=540)}
+    with_masks = {"self_label_after": None}  # nothing is surer than a mask
+
+    @classmethod
+    def load(cls, cfg, device):
+        return super().load(cfg, device) | {"dino": backbone.load_dino(cfg.dino, device)}
+
+    @classmethod
+    def suited(cls, cfg, frozen):
+        """With ViT-L/14 CLIP's scale is divided by 4, with DINOv2 ViT-L the decoder has 5 blocks."""
+        if backbone.patch_size(frozen["clip"]) == 14:
+            cfg = replace(cfg, logit_scale_divisor=4)
+        return super().suited(replace(cfg, depth=5) if frozen["dino"].norm.weight.numel() == 1024 else cfg, frozen)
+
+    def build(self, state=None):
+        blocks = self.cfg.fuse_blocks or len(self.clip.visual.transformer.resblocks) - 1
+        return TwoBranches(self.info.num_classes, self.clip.visual.conv1.out_channels, self.frozen["dino"].norm.weight.numel(),
+                           blocks, self.cfg.depth)
+
+    def look(self, images, for_labels, step=None, amp=None):
+        dino_map = backbone.dino_features(self.frozen["dino"], images, amp)
+        return SeenByBoth(*super().look(images, for_labels, step, amp), dino_map)
+
+    def sources(self, cams, prediction, pairs, step=None):
+        """RFM+: the CAM times what is predicted now. The boxes, if any, come from the plain CAM."""
+        boxed = super().sources(cams, prediction, pairs, step)
+        if prediction is None:
+            return boxed
+        image_of, class_of = pairs.to(cams.device).unbind(1)
+        return boxed * prediction.logits.softmax(dim=1)[image_of, class_of + 1]
+
+    def losses(self, prediction, labels, step):
+        """seg + 0.1 aff + 0.1 (mutual_clip + mutual_dino) + dice; a mutual loss teaches one branch the other's argmax."""
+        logits, of_clip, of_dino = (cam.enlarge(x, labels.shape[-2:])
+                                    for x in (prediction.logits, prediction.of_clip, prediction.of_dino))
+        aff = self.affinity_loss(prediction, labels, step)  # before labels are replaced
+        if self.cfg.self_label_after is not None and step > self.cfg.self_label_after:
+            labels = self_labels(labels, logits.detach(), self.cfg.self_label_above)
+        parts = {"seg": seg_loss(logits, labels), "aff": aff, "mutual_clip": seg_loss(of_clip, of_dino.argmax(dim=1)),
+                 "mutual_dino": seg_loss(of_dino, of_clip.argmax(dim=1)), "dice": dice_loss(logits, labels)}
+        mutual = parts["mutual_clip"] + parts["mutual_dino"]
+        return parts | {"total": parts["seg"] + 0.1 * aff + 0.1 * mutual + parts["dice"]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which method, with which numbers: 05_train.py and 06_infer.py know methods by these functions only
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+HERE_ARE = {"weclip+": WeCLIPPlus, "weclip": WeCLIP}
+
+
+def method_class(name: str) -> type[WeCLIP]:
+    """This file's two, or METHOD of methods/NAME.py, imported when asked for.
+
+    Raises  data.DataError  if there is none: a name may come from a foreign checkpoint, and imports nothing but such a file
     """
-    size = image.shape[-2:]
-    network = resize_long_side(image, cfg, encoders, smallest_scale=1)
-    pairs = cam.class_pairs(labels[None].cpu())
-    seen = backbone.look(encoders, network, maps_needed(cfg, dynamic=True), amp)
-    prediction = model(seen.tokens, seen.grid, seen.dino_map)
-    cams, refined = label_images(cfg, encoders, network, seen, prediction, pairs, size, dynamic=True)
-    raw_maps = F.interpolate(cams[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]  # K may be 0
-    return {"CAM": best_label(*stack_scores(raw_maps, pairs, 1))[0],
-            "refined": best_label(*stack_scores(refined.maps, pairs, 1))[0],
-            "pseudo label": refined.labels[0],
-            "segmentation": enlarged_labels(prediction.logits[0], size),
-            "cams": raw_maps, "refined_maps": refined.maps}
+    files = sorted(path.stem for path in (HERE / "methods").glob("[a-z]*.py"))
+    if name not in HERE_ARE and name not in files:
+        raise data.DataError(f"no method {name!r}; wanted one of {', '.join([*HERE_ARE, *files])}")
+    found = HERE_ARE.get(name) or getattr(import_module(f"methods.{name}"), "METHOD", None)
+    if found is None:
+        raise data.DataError(f"{name} trains nothing; run it by itself: python methods/{name}.py --help")
+    return found
 
 
-def resize_long_side(image: torch.Tensor, cfg: Config, encoders, smallest_scale: float) -> torch.Tensor:
-    """(3, H, W) -> (1, 3, H', W') with long side cfg.long_side, the other truncated to int, bilinear.
+def new_method(name: str, info, options: dict, device) -> WeCLIP:
+    """A method that has learned nothing: the row of its data set, what another backbone changes in it, then `options`.
 
-    A side never gets shorter than what leaves one patch after scaling by `smallest_scale`.
+    info     01_data.DatasetInfo; a folder of one's own takes the row of VOC
+    options  fields of the row by name
     """
-    ratio = cfg.long_side / max(image.shape[-2:])
-    smallest = math.ceil(encoders.clip.visual.conv1.kernel_size[0] / min(1, smallest_scale))
-    size = [max(int(length * ratio), smallest) for length in image.shape[-2:]]
-    return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)
+    found = method_class(name)
+    row = found.rows.get(info.name, found.rows["voc"])
+    frozen = found.load(replace(row, **options), device)
+    return found(replace(found.suited(row, frozen), **options), info, frozen)
 
 
-@torch.no_grad()
-def multi_scale_logits(cfg: Config, encoders, model: WeCLIP, image: torch.Tensor, scales: tuple[float, ...] | None = None,
-                       flip: bool = True, amp: torch.dtype | None = None) -> torch.Tensor:
-    """What is where in one image? Logits of several scales and their mirrors, averaged. No image-level label is needed.
+def add_row_options(parser: argparse.ArgumentParser, config: type[Config], leave_out: tuple[str, ...] = ()) -> list[str]:
+    """An option for each field of a row, named like it; none of them is in the result unless given. -> the names.
 
-    image   (3, H, W) normalised, at its own size
-    scales  factors on a long side of cfg.long_side (the other side truncated); None: cfg.scales
-    flip    average each scale with its mirror image; False with scales=(1,) is the "single scale" of the released scores
-    ->      (C, h, w) logits on the first scale's grid of patches; `enlarged_labels` brings them to the image's size
+    A field that may be None takes the word `none`, a tuple takes several numbers.
     """
-    scales = scales or cfg.scales
-    base = resize_long_side(image, cfg, encoders, min(scales))
-    sums, grid = 0, None
-    for scale in scales:
-        # Resized by the factor, not to a size: the sampling positions use the factor itself, as in the released code.
-        x = base if scale == 1 else F.interpolate(base, scale_factor=scale, mode="bilinear", align_corners=False)
-        x = torch.cat([x, x.flip(-1)]) if flip else x
-        seen = backbone.look(encoders, x, amp=amp)
-        logits = model(seen.tokens, seen.grid, seen.dino_map).logits
-        grid = grid or logits.shape[-2:]  # of the first scale
-        logits = F.interpolate(logits, size=grid, mode="bilinear", align_corners=False)
-        sums = sums + ((logits[0] + logits[1].flip(-1)) / 2 if flip else logits[0])
-    return sums / len(scales)
+    names = [field.name for field in fields(config) if field.name not in leave_out]
+    for field in fields(config):
+        if field.name in names:
+            inner = [kind for kind in get_args(field.type) if kind not in (types.NoneType, ...)]
+            kind = inner[0] if inner else field.type
+            how = {"type": partial(none_or, kind) if types.NoneType in get_args(field.type) else kind}
+            if get_origin(field.type) is tuple:
+                how["nargs"] = "+" if ... in get_args(field.type) else len(inner)
+            if kind is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, default=argparse.SUPPRESS, **how,
+                                help=argparse.SUPPRESS)
+    return names
 
 
-def enlarge(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(C, h, w) logits of patches -> (C, H, W) of pixels, bilinear."""
-    return F.interpolate(logits[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+def none_or(kind: type, text: str):
+    """The word `none`, or a number."""
+    return None if text == "none" else kind(text)
 
 
-def enlarged_labels(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Which class is each pixel? `enlarge(logits, size).argmax(dim=0)`, (H, W) long, but one class at a time.
-
-    The enlarged logits of all 81 classes of COCO would take 15 GB for a photo of 48 million pixels.
-    """
-    best = enlarge(logits[:1], size)[0]
-    labels = torch.zeros_like(best, dtype=torch.long)
-    for number in range(1, len(logits)):
-        scores = enlarge(logits[number:number + 1], size)[0]
-        labels.masked_fill_(scores > best, number)  # of equal ones the first stays, as with argmax
-        best = torch.maximum(best, scores)
-    return labels
+def chosen_options(args: argparse.Namespace, names: list[str]) -> dict:
+    """What was given of the options of `add_row_options`."""
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -610,7 +607,7 @@ def enlarged_labels(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor
 
 
 CHECKPOINT = {"step": int, "model": dict, "config": dict, "method": str, "dataset": str, "classes": list, "prompts": list,
-              "background": list, "clip": dict, "dino": (dict, type(None))}  # what 06 needs; 05 needs some more
+              "background": list, "frozen": dict}  # what 06 needs; 05 needs some more
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -629,34 +626,40 @@ def read_checkpoint(path: str | Path) -> dict:
     except Exception as error:  # whatever zipfile and torch raise on a foreign or truncated file
         raise data.DataError(f"{path}: not a checkpoint of 05_train.py, or damaged ({error})") from error
     entries = checkpoint if isinstance(checkpoint, dict) else {}
+    if "config" in entries and "frozen" not in entries:
+        raise data.DataError(f"{path}: made by an earlier version of this project; use it with that version, or train again")
     wrong = [key for key, kind in CHECKPOINT.items() if key not in entries or not isinstance(entries[key], kind)]
     if wrong:
         raise data.DataError(f"{path}: not a checkpoint of 05_train.py: {', '.join(wrong)} missing or of another type")
     return checkpoint
 
 
-def restore(checkpoint: dict, path: str | Path, clip_name: str | None, dino_name: str | None, device) -> tuple:
-    """The run behind a checkpoint: -> (DatasetInfo, Config, Encoders, trained part in eval mode).
+def frozen_names(cfg: Config, frozen: dict[str, nn.Module]) -> dict[str, dict]:
+    """What is frozen, as a checkpoint says it: {"clip": {"name": ..., "fingerprint": ...}, ...}."""
+    return {what: {"name": getattr(cfg, what), "fingerprint": backbone.fingerprint(model)} for what, model in frozen.items()}
 
-    clip_name, dino_name  where the frozen backbones are now; None: where they were in training
-    Raises                data.DataError if the backbones are not those it was trained on
+
+def restore(checkpoint: dict, path: str | Path, options: dict, device) -> WeCLIP:
+    """The method behind a checkpoint, its trained part in eval mode.
+
+    options  where the frozen backbones are now, by their fields in the row; others are where they were in training
+    Raises   data.DataError  if the backbones are not those it was trained on, or the file contradicts itself
     """
+    found = method_class(checkpoint["method"])
     info = data.DatasetInfo(checkpoint["dataset"], *(tuple(checkpoint[k]) for k in ("classes", "prompts", "background")))
-    names = {"clip": clip_name or checkpoint["clip"].get("name", "?"),
-             "dino": (dino_name or checkpoint["dino"].get("name", "?")) if checkpoint["dino"] else None}
-    encoders = backbone.load_encoders(names["clip"], names["dino"], info, device)
-    for what, name in names.items():
-        ours, theirs = name and backbone.fingerprint(getattr(encoders, what)), checkpoint[what] or {}
-        if ours != theirs.get("fingerprint"):
-            raise data.DataError(f"{path}: trained on another {what} than {name} ({ours}): on {theirs.get('name')} "
-                                 f"({theirs.get('fingerprint')}); give that one with --{what}")
     try:
-        cfg = Config(**checkpoint["config"])
-        model = build_model(cfg, info.num_classes, encoders.clip, encoders.dino).to(device)
-        model.load_state_dict(checkpoint["model"])
-    except Exception as error:  # whatever a foreign file makes torch raise
+        cfg = type(found.rows["voc"])(**{**checkpoint["config"], **options})
+        frozen = found.load(cfg, device)
+        for what, ours in frozen_names(cfg, frozen).items():
+            theirs = checkpoint["frozen"].get(what, {})
+            if ours["fingerprint"] != theirs.get("fingerprint"):
+                raise data.DataError(f"{path}: trained on another {what} than {ours['name']} ({ours['fingerprint']}): on "
+                                     f"{theirs.get('name')} ({theirs.get('fingerprint')}); give that one with --{what}")
+        method = found(cfg, info, frozen, checkpoint["model"])
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # a foreign file makes torch raise these
         raise data.DataError(f"{path}: its weights do not fit its own config and backbones ({error})") from error
-    return info, cfg, encoders, model.eval()
+    method.model.eval()
+    return method
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -664,91 +667,33 @@ def restore(checkpoint: dict, path: str | Path, clip_name: str | None, dino_name
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def draw_ladder(image: np.ndarray, cams: torch.Tensor, refined: Refined, ids: list[int], grid: tuple[int, int],
-                truth: np.ndarray | None, captions: dict[str, str]) -> Image.Image:
-    """What each step does to one picture (H, W, 3) uint8; captions by stage. cams (K, H, W), ids their K classes.
-
-    "affinity" shows where the activation of one patch goes, the one that the first CAM is surest of
-    """
-    def paint(maps: torch.Tensor) -> np.ndarray:
-        return cam.paint(image, maps.cpu().numpy(), ids)
-
-    hottest = F.interpolate(cams[:1, None], size=grid, mode="area").argmax()
-    pictures = {"image": image, "CAM": paint(cams),
-                "affinity": backbone.glow(image, refined.transition[0, :, hottest].view(grid)), "refined": paint(refined.maps),
-                "PAR": paint(refined.scores[0, 1:].clamp(max=1)), "pseudo label": data.overlay(image, refined.labels[0].cpu().numpy())}
-    if truth is not None:
-        pictures["truth"] = data.overlay(image, np.where(truth == data.IGNORE_INDEX, 0, truth))
-    return data.contact_sheet(list(pictures.values()), [captions.get(stage, stage) for stage in pictures], columns=4)
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = data.CommandLine(__doc__, "[image]")
-    p.add_argument("image", nargs="?", help="a picture (default: one of `shapes`, seen by the toy pair)")
-    p.add_argument("--classes", nargs="+", metavar="NAME", help="what your picture shows")
-    p.add_argument("--background", nargs="+", metavar="WORD", help="background words (default: VOC's; with the toy, its own)")
-    p.add_argument("--method", choices=("weclip+", "weclip"), default="weclip+", help="default: %(default)s")
-    p.add_argument("--index", type=int, default=0, help="which picture of the validation split of `shapes` (default: %(default)s)")
-    p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 for your picture, the toy for `shapes`")
-    p.add_argument("--dino", metavar="NAME|FILE", help="default: dinov2_vits14 for your picture, the toy for `shapes`")
-    p.add_argument("--output-dir", "--out", metavar="DIR", help="for NAME_ladder.png (default: predictions/ beside your picture)")
-    p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
-    return p.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    if args.image and not args.classes:
-        raise data.DataError("which words shall light up? Name what the picture shows: --classes cat sofa")
-    toy, device = args.image is None, backbone.choose_device(args.device)
-    clip_name, dino_name = args.clip or ("shapes" if toy else "ViT-B/16"), args.dino or ("shapes" if toy else "dinov2_vits14")
-    world = data.DATASETS["shapes" if toy or clip_name == "shapes" else "voc"]
-    if toy:
-        info, dataset = world, data.EvalDataset(data.list_samples(world, data.find_root("shapes"), "val"), world.num_classes)
-        if not 0 <= args.index < len(dataset):
-            raise data.DataError(f"--index {args.index}: the validation split has pictures 0 to {len(dataset) - 1}")
-        item, image = dataset[args.index], data.load_image(dataset.samples[args.index].image)
-        labels, truth, file = item["labels"], item["mask"], Path(item["name"])
-    else:
-        info, file, truth = cam.info_of_words(world, args.classes, args.background), Path(args.image), None
-        image, labels = data.load_image(args.image, as_displayed=True), torch.ones(len(info.classes))
-    encoders = backbone.load_encoders(clip_name, dino_name if args.method == "weclip+" else None, info, device)
-    # An untrained decoder knows nothing: its probabilities must not weigh the CAMs, nor its features choose attention maps.
-    cfg = replace(config_for(args.method, world.name, encoders.clip, encoders.dino), weigh_by_prob=False)
-    image = data.rescale(image, min(1, cfg.long_side / max(image.shape[:2])))
+    p = backbone.demo_options(__doc__)
+    p.add_argument("--method", default="weclip+", help=f"{', '.join(HERE_ARE)}, or a file of methods/ (default: %(default)s)")
+    args = p.parse_args(argv)
+    if args.images and not args.classes:
+        raise data.DataError("which words shall light up? Name what the pictures show: --classes cat sofa")
+    info, samples = backbone.demo_pictures(args)
     torch.manual_seed(0)
-    model = build_model(cfg, info.num_classes, encoders.clip, encoders.dino).to(device).eval()
-    pairs = cam.class_pairs(labels[None])
-    images = resize_long_side(data.normalize(image).to(device), cfg, encoders, smallest_scale=1)
-    seen = backbone.look(encoders, images, maps_needed(cfg, dynamic=False))
-    prediction = model(seen.tokens, seen.grid, seen.dino_map)
-    cams, refined = label_images(cfg, encoders, images, seen, prediction, pairs, image.shape[:2], dynamic=False)
-    with torch.no_grad():
-        parts = losses(cfg, prediction, learned_affinity(prediction.fused), refined.labels, step=0)
-
-    print(f"{args.method}, picture {file.stem}: {', '.join(info.classes[c] for _, c in pairs.tolist())}")
-    rows = {"image": images, "tokens of a block": seen.tokens[0], "attention maps": seen.maps, "CAM": cams,
-            "fused features": prediction.fused, "learned affinity": learned_affinity(prediction.fused),
-            "logits": prediction.logits, "transition matrix": refined.transition, "refined CAM": refined.spread,
-            "PAR scores": refined.scores, "pseudo label": refined.labels}
-    for stage, tensor in rows.items():
-        print(f"  {stage:20} {tuple(tensor.shape)}")
-    for part, module in model.named_children():
-        print(f"  {part:24} {sum(p.numel() for p in module.parameters()):>9,} parameters")
-    print("  losses of the untrained decoder: " + ", ".join(f"{part} {float(loss):.3f}" for part, loss in parts.items()))
-    cams = F.interpolate(cams[:, None], size=image.shape[:2], mode="bilinear", align_corners=False)[:, 0]
-    captions = {}
-    for stage, label in (("CAM", best_label(*stack_scores(cams, pairs, 1))),
-                         ("refined", best_label(*stack_scores(refined.maps, pairs, 1))), ("pseudo label", refined.labels)):
-        if truth is not None:
-            score = data.scores(data.confusion_matrix(truth, label[0].cpu(), info.num_classes))
-            captions[stage] = f"{stage}, mIoU {100 * score['miou']:.1f}"
-            print(f"  {captions[stage]} of this picture")
-    [[target]] = data.result_files([file], args.output_dir, ("_ladder.png",))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    mask = None if truth is None else truth.numpy()
-    draw_ladder(image, cams, refined, pairs[:, 1].tolist(), seen.grid, mask, captions).save(target)
-    print(target)
+    names = {field.name for field in fields(type(method_class(args.method).rows["voc"]))}
+    options = {name: getattr(args, name) for name in ("clip", "dino", "long_side") if name in names}
+    method = new_method(args.method, info, options, backbone.choose_device(args.device))
+    for sample in samples:
+        image = data.load_image(sample.image, as_displayed=True)
+        images = method.network_image(data.normalize(image).to(method.device))
+        pairs = torch.tensor([(0, label) for label in sample.labels])
+        seen = method.look(images, for_labels=True)
+        prediction = method.model.eval()(seen)
+        found = method.pseudo_labels(images, pairs, seen, None, image.shape[:2])  # an untrained decoder has no say
+        with torch.no_grad():
+            losses = method.losses(prediction, found.labels, step=0)
+        print(f"{args.method}, {sample.image}: {', '.join(info.classes[c] for c in sample.labels)}")
+        for stage, tensor in {"image": images, "tokens of a block": seen.tokens[0], "attention maps": seen.maps,
+                              **prediction._asdict(), **found._asdict()}.items():
+            print(f"  {stage:20} {tuple(tensor.shape)}")
+        print("  losses of the untrained decoder: " + ", ".join(f"{part} {float(loss):.3f}" for part, loss in losses.items()))
+    for part, module in method.model.named_children():
+        print(f"{part:24} {sum(p.numel() for p in module.parameters()):>9,} parameters")
     return 0
 
 

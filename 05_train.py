@@ -1,12 +1,13 @@
 """05 - Training: how does a segmentation grow out of image-level labels?
 
-In     a data set (01_data), the frozen encoders (02_backbone), the trained part and its losses (04_decoder)
+In     a data set (01_data) and a method (04_decoder, or a file of methods/)
 Out    OUTPUT/last.pt and best.pt (the trained part only), log.csv, scores.csv, preview/*.png, args.json
 Paper  WeCLIP, CVPR 2024, and WeCLIP+, TPAMI 2025: single-stage training. Each step makes its own pseudo labels from what
-       the frozen encoders see and the decoder has learned so far, and learns from them.
+       the frozen encoders see and the decoder has learned so far, and learns from them; with --masks from masks instead.
 
     python 05_train.py shapes                                         # the toy world: minutes on a laptop, no downloads
     python 05_train.py voc --data-path VOCdevkit --method weclip+     # the papers' runs
+    python 05_train.py voc --masks truth                              # true masks: the upper bound. Or a folder of masks
     torchrun --standalone --nproc_per_node=4 05_train.py voc          # the same batch size in total, on four GPUs
 
 A step: images -> frozen tokens, attention -> prediction -> CAM -> refined -> pseudo label -> losses -> AdamW.
@@ -20,9 +21,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import textwrap
 import threading
 import time
-import zlib
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
@@ -44,11 +45,10 @@ backbone = import_module("02_backbone")
 cam = import_module("03_cam")
 decoder = import_module("04_decoder")
 
-WARMUP_STEPS = 50
+DEFAULT_METHOD = "weclip+"
 SAVE_EVERY = 500  # steps, between evaluations
 PREVIEW_ROWS = 4
 PATIENCE = timedelta(minutes=10)  # how long a process waits for one that neither answers nor ends; others end at once
-LOG_COLUMNS = ("step", "lr", "total", "seg", "aff", "mutual_clip", "mutual_dino", "dice", "images_per_s")
 MAY_CHANGE = {"max_iters", "eval_every", "long_side"}  # when a run is resumed. max_iters moves the learning rate's end too
 ENDINGS = {  # what torch says when something outside of the run has ended it -> what that means
     "DataLoader worker": "a loader process died; if memory ran out, take fewer with -j",
@@ -56,50 +56,45 @@ ENDINGS = {  # what torch says when something outside of the run has ended it ->
     "NCCL": "another process of the run has ended or cannot be reached, its own message says why",
     "out of memory": "the device has not enough memory; take a smaller -b"}
 CURVE_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: safe for the colour-blind
-RUNGS = ("CAM", "refined", "pseudo label", "segmentation")  # of the ladder, in the order in which they are made
 
 
-def learning_rate(step: int, base: float, max_iters: int) -> float:
-    """The released schedule: linear warm-up from base * 1e-6 over 50 steps, else linear decay to 0.
+def learning_rate(step: int, base: float, max_iters: int, warmup: int = 50) -> float:
+    """The released schedule: linear warm-up from base * 1e-6, else linear decay to 0.
 
     step  counted from 0; the rate that the optimiser uses in that step
     """
-    if step < WARMUP_STEPS:
-        return base * (1 - (1 - step / WARMUP_STEPS) * (1 - 1e-6))
+    if step < warmup:
+        return base * (1 - (1 - step / warmup) * (1 - 1e-6))
     return base * (1 - step / max_iters)
 
 
-def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
     """AdamW as in the released code; its learning rate is set anew in every step."""
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
 
 
-def train_step(cfg, encoders, model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor,
-               labels: torch.Tensor, step: int, masks: torch.Tensor | None = None,
-               amp: torch.dtype | None = None) -> dict[str, float]:
+def train_step(method, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor, step: int,
+               masks: torch.Tensor | None = None, amp: torch.dtype | None = None) -> dict[str, float]:
     """One step of the method, readable from top to bottom.
 
-    images  (B, 3, H, W) normalised, on the device of the model
+    images  (B, 3, H, W) normalised, on the device of the method
     labels  (B, C-1) multi-hot image-level labels, on the CPU: all the supervision there is
-    masks   (B, H, W) long, true masks: fully supervised training instead (255 is left out)
+    masks   (B, H, W) long, to learn from instead (255 is left out)
     ->      the losses by name, as measured before the step
     Raises  FloatingPointError when the loss is not finite; the weights are then still those before the step
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, cfg.lr, cfg.max_iters)
-    dynamic = step >= cfg.dynamic_from
-    seen = backbone.look(encoders, images, 1 if masks is not None else decoder.maps_needed(cfg, dynamic), amp)
-    prediction = model(seen.tokens, seen.grid, seen.dino_map)
+        group["lr"] = learning_rate(step, method.cfg.lr, method.cfg.max_iters, method.cfg.warmup)
+    seen = method.look(images, masks is None, step, amp)
+    prediction = method.network(seen)
     if masks is None:
-        pairs = cam.class_pairs(labels)
-        _, refined = decoder.label_images(cfg, encoders, images, seen, prediction, pairs, images.shape[-2:], dynamic)
-        masks = refined.labels
-    parts = decoder.losses(cfg, prediction, decoder.learned_affinity(prediction.fused), masks, step)
-    values = dict(zip(parts, torch.stack([part.detach() for part in parts.values()]).tolist()))  # one wait for the GPU
+        masks = method.pseudo_labels(images, cam.class_pairs(labels), seen, prediction, images.shape[-2:], step).labels
+    losses = method.losses(prediction, masks, step)
+    values = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist()))  # one wait for the GPU
     if not math.isfinite(values["total"]):
         raise FloatingPointError(f"step {step}: the loss is {values['total']}")
     optimizer.zero_grad(set_to_none=True)
-    parts["total"].backward()
+    losses["total"].backward()
     optimizer.step()
     return values
 
@@ -110,50 +105,54 @@ def train_step(cfg, encoders, model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 @torch.no_grad()
-def evaluate(cfg, encoders, model: nn.Module, dataset, device, num_classes: int, multi_scale: bool = False,
-             amp: torch.dtype | None = None, preview: Path | None = None, stop=None) -> dict[str, dict] | None:
+def evaluate(method, dataset, multi_scale: bool = False, amp: torch.dtype | None = None, preview: Path | None = None,
+             stop: "StopRequest | None" = None) -> dict[str, dict] | None:
     """The ladder on a whole split: for each rung the scores of one confusion matrix over all its images.
 
     dataset      01_data.EvalDataset with masks; the processes of a torchrun share its images, each image counts once
     multi_scale  score the multi-scale + flip segmentation as well
     preview      file for a picture of the first images, a row each: image, CAM, refined, pseudo label, prediction, truth
-    stop         a StopRequest, asked before each image
+    stop         asked before each image
     ->           {rung: 01_data.scores}; None if a process was asked to stop
     """
     rank, world = rank_and_world()
-    was_training = model.training
-    model.eval()  # Deviation: the released training script leaves dropout on while it validates
-    rungs = RUNGS + ("multi-scale",) * multi_scale
-    matrices = {rung: torch.zeros(num_classes, num_classes, dtype=torch.long) for rung in rungs}
+    was_training, classes = method.model.training, method.info.num_classes
+    method.model.eval()  # Deviation: the released training script leaves dropout on while it validates
+    matrices = {rung: torch.zeros(classes, classes, dtype=torch.long) for rung in all_rungs(method, multi_scale)}
     pictures = []
     for index in range(rank, len(dataset), world):
         if stop is not None and stop.requested:
             break
         item = dataset[index]
-        image = item["image"].to(device)
-        result = decoder.ladder(cfg, encoders, model, image, item["labels"], amp)
+        image = item["image"].to(method.device)
+        found = method.ladder(image, item["labels"], amp)
         if multi_scale:
-            logits = decoder.multi_scale_logits(cfg, encoders, model, image, amp=amp)
-            result["multi-scale"] = decoder.enlarged_labels(logits, image.shape[-2:])
-        for rung in rungs:
-            matrices[rung] += data.confusion_matrix(item["mask"], result[rung].cpu(), num_classes)
+            found.labels["multi-scale"] = cam.enlarged_labels(method.logits(image, amp=amp), image.shape[-2:])
+        for rung, matrix in matrices.items():
+            matrix += data.confusion_matrix(item["mask"], found.labels[rung].cpu(), classes)
         if rank == 0 and preview is not None and index < PREVIEW_ROWS * world:
-            pictures += preview_row(data.load_image(dataset.samples[index].image), item, result)
-    model.train(was_training)
+            pictures.append(preview_row(data.load_image(dataset.samples[index].image), item, found))
+    method.model.train(was_training)
     if wanted_anywhere(stop):
         return None
     if pictures:
-        captions = ["image", *RUNGS[:3], "prediction", "truth"] * (len(pictures) // 6)
-        data.contact_sheet(pictures, captions, columns=6).save(preview)
+        flat = [picture for row in pictures for picture in row.values()]
+        data.contact_sheet(flat, [*pictures[0]] * len(pictures), columns=len(pictures[0])).save(preview)
     return {rung: data.scores(sum_over_processes(matrix)) for rung, matrix in matrices.items()}
 
 
-def preview_row(image: np.ndarray, item: dict, result: dict) -> list[np.ndarray]:
-    """One image through the stages, six pictures (H, W, 3) uint8: CAMs glow in the colours of their classes."""
+def all_rungs(method, multi_scale: bool = True) -> list[str]:
+    """What is scored, in the order in which it is made."""
+    return [*method.rungs, "segmentation"] + ["multi-scale"] * multi_scale
+
+
+def preview_row(image: np.ndarray, item: dict, found) -> dict[str, np.ndarray]:
+    """One image through the stages: captions and pictures (H, W, 3) uint8; CAMs glow in the colours of their classes."""
     ids = item["labels"].nonzero().flatten().tolist()
-    glowing = [cam.paint(image, result[key].cpu().numpy(), ids) for key in ("cams", "refined_maps")]
-    labels = [result["pseudo label"], result.get("multi-scale", result["segmentation"]), item["mask"]]
-    return [image, *glowing, *(data.overlay(image, x.cpu().numpy().astype(np.uint8)) for x in labels)]
+    row = {"image": image} | {rung: cam.paint(image, maps.cpu().numpy(), ids) for rung, maps in found.maps.items()}
+    *labels, prediction = ((rung, labels) for rung, labels in found.labels.items() if rung not in found.maps)
+    labels = dict(labels[:1]) | {"prediction": prediction[1], "truth": item["mask"]}
+    return row | {rung: data.overlay(image, x.cpu().numpy().astype(np.uint8)) for rung, x in labels.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,27 +219,35 @@ def write_atomically(path: Path, write) -> None:
 class Log:
     """A table in a CSV file, each row on the disk at once; a resumed run drops the rows that it will make again."""
 
-    def __init__(self, path: Path, columns: tuple[str, ...], last_step: int, board=None):
+    def __init__(self, path: Path, last_step: int, board=None):
         """board  a tensorboard SummaryWriter that gets the numbers too"""
         kept = []
         if last_step and path.is_file():
             with open(path, newline="", encoding="utf-8") as file:
                 whole = (row for row in csv.DictReader(file) if None not in row.values())  # a full disk cuts a row
                 kept = [row for row in whole if int(row["step"]) <= last_step]
+        self.path, self.board, self.columns = path, board, list(kept[0]) if kept else None
+        rows = [self.columns, *(row.values() for row in kept)] if kept else []
+        write_atomically(path, lambda file: file.write("".join(map(self.line, rows)).encode()))
+        self.file = open(path, "a", newline="", encoding="utf-8")
+
+    @staticmethod
+    def line(cells) -> str:
         text = io.StringIO()
-        writer = csv.DictWriter(text, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(kept)
-        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-        self.path, self.file, self.board = path, open(path, "a", newline="", encoding="utf-8"), board
-        self.writer = csv.DictWriter(self.file, columns, extrasaction="ignore")
+        csv.writer(text).writerow(cells)
+        return text.getvalue()
 
     def write(self, **row) -> None:
+        """The columns are those of the first row."""
         try:
-            self.writer.writerow(row)
+            if self.columns is None:
+                self.columns = list(row)
+                self.file.write(self.line(self.columns))
+            self.file.write(self.line(row[column] for column in self.columns))
             self.file.flush()
             for name in row.keys() - {"step"} if self.board else ():
-                self.board.add_scalar(f"{self.path.stem}/{name}", float(row[name]), row["step"])
+                if row[name] != "":
+                    self.board.add_scalar(f"{self.path.stem}/{name}", float(row[name]), row["step"])
         except OSError as error:
             raise data.DataError(f"{self.path} could not be written ({error}). Free some space, then continue with "
                                  "--resume") from error
@@ -253,7 +260,7 @@ def output_folder(args: argparse.Namespace, name: str) -> Path:
     Raises  data.DataError  if --output-dir holds a run that is not resumed
     """
     resumed = Path(args.resume).parent if args.resume not in (None, "last") else None
-    folder = Path(args.output_dir or resumed or f"runs/{name}-{args.method}{'-supervised' * args.supervised}")
+    folder = Path(args.output_dir or resumed or f"runs/{name}-{args.method}{'-masks' * bool(args.masks)}")
     goes_on = args.resume == "last" or (resumed and resumed.resolve() == folder.resolve())
     if goes_on or not (folder / "last.pt").exists():
         return folder
@@ -273,8 +280,7 @@ def open_output(output: Path, settings: dict, progress: dict) -> tuple[Log, Log]
         board = SummaryWriter(output, purge_step=progress["step"] + 1)
     except ImportError:
         board = None
-    return (Log(output / "log.csv", LOG_COLUMNS, progress["step"], board),
-            Log(output / "scores.csv", ("step", *RUNGS, "multi-scale"), progress["evaluated"], board))
+    return Log(output / "log.csv", progress["step"], board), Log(output / "scores.csv", progress["evaluated"], board)
 
 
 def draw_curves(output: Path) -> Image.Image:
@@ -325,46 +331,43 @@ def memory() -> str:
 
 
 def settle(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
-    """What does this run learn, from what, with which numbers? -> (DatasetInfo, root, samples, Encoders, Config, identity).
+    """What does this run learn, from what, with which numbers? -> (method, root, samples, identity).
 
-    identity  what a checkpoint must have in common with the run that goes on from it, beside the Config
+    identity  what a checkpoint must have in common with the run that goes on from it, beside the numbers
     Raises    data.DataError for data, weights or numbers that are not there or do not go together
     """
     info, root = data.dataset_info(args.dataset, args.background), data.find_root(args.dataset, args.data_path)
     split = args.split or next(iter(data.SPLITS[info.name]))
     samples = data.list_samples(info, root, split)
-    toy = "shapes" if info.name == "shapes" else None
-    clip_name = args.clip or toy or "ViT-B/16"
-    dino_name = (args.dino or toy or "dinov2_vits14") if args.method == "weclip+" else None
+    learned_from = [(sample.name, sample.labels) for sample in samples]  # true masks may be added while a run pauses
+    if args.masks not in (None, "truth"):
+        samples = data.with_masks_of(samples, args.masks)
     first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one process of a machine downloads, the others wait for it
     if not first_here:
         sum_over_processes(torch.zeros(1))
-    encoders = backbone.load_encoders(clip_name, dino_name, info, device)
+    options = args.options | (decoder.method_class(args.method).with_masks if args.masks else {})
+    method = decoder.new_method(args.method, info, options, device)
     if first_here:
         sum_over_processes(torch.zeros(1))
-    cfg = decoder.config_for(args.method, info.name, encoders.clip, encoders.dino)
-    chosen = {key: getattr(args, key) for key in ("lr", "max_iters", "eval_every", "crop_size", "long_side", "dynamic_from",
-                                                  "self_label_after")}
-    cfg = replace(cfg, **{key: value for key, value in chosen.items() if value is not None})
-    if args.supervised:
-        cfg = replace(cfg, self_label_after=None)  # nothing is surer than a true mask
-    cfg = replace(cfg, batch_size=(args.batch_size or max(1, cfg.batch_size // world)) * world)
-    patch = encoders.clip.visual.conv1.kernel_size[0]
-    if args.crop_size and args.crop_size % patch:
-        lower = args.crop_size // patch * patch
-        raise data.DataError(f"--crop-size {args.crop_size} is no multiple of the patch of {clip_name}, {patch} pixels; "
+    cfg = method.cfg
+    method.cfg = cfg = replace(cfg, batch_size=(args.batch_size or max(1, cfg.batch_size // world)) * world)
+    patch = backbone.patch_size(method.clip)
+    if "crop_size" in args.options and cfg.crop_size % patch:
+        lower = cfg.crop_size // patch * patch
+        raise data.DataError(f"--crop-size {cfg.crop_size} is no multiple of the patch of {cfg.clip}, {patch} pixels; "
                              f"take {lower or patch} or {lower + patch}")
     usable = sum(bool(sample.labels) for sample in samples)
     if 0 < usable < cfg.batch_size:
         raise data.DataError(f"{usable} images with a class in {split}, but {cfg.batch_size} in a batch "
                              f"({world} processes); take a smaller -b, or more images")
-    learned_from = repr([(sample.name, sample.labels) for sample in samples])  # masks may be added while a run pauses
-    identity = {"method": cfg.method, "dataset": info.name, "classes": list(info.classes), "prompts": list(info.prompts),
-                "background": list(info.background), "split": split, "supervised": args.supervised, "seed": args.seed,
-                "amp": args.amp, "samples": f"{len(samples)} images, check sum {zlib.crc32(learned_from.encode()):08x}",
-                "clip": {"name": clip_name, "fingerprint": backbone.fingerprint(encoders.clip)},
-                "dino": dino_name and {"name": dino_name, "fingerprint": backbone.fingerprint(encoders.dino)}}
-    return info, root, samples, encoders, cfg, identity
+    masks = args.masks
+    if masks not in (None, "truth"):
+        masks = f"{masks}, check sum {data.check_sum(Path(s.mask).read_bytes() for s in samples if s.mask)}"
+    identity = {"method": args.method, "dataset": info.name, "classes": list(info.classes), "prompts": list(info.prompts),
+                "background": list(info.background), "split": split, "masks": masks, "seed": args.seed, "amp": args.amp,
+                "samples": f"{len(samples)} images, check sum {data.check_sum([repr(learned_from).encode()])}",
+                "frozen": decoder.frozen_names(cfg, method.frozen)}
+    return method, root, samples, identity
 
 
 def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> None:
@@ -375,18 +378,18 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     rank, world = rank_and_world()
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
     torch.manual_seed(args.seed)
-    info, root, samples, encoders, cfg, identity = settle(args, device, world)
-    model = decoder.build_model(cfg, info.num_classes, encoders.clip, encoders.dino).to(device).train()
-    optimizer = make_optimizer(model, cfg.lr)
+    method, root, samples, identity = settle(args, device, world)
+    info, cfg, model = method.info, method.cfg, method.model.train()
+    optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     output = output_folder(args, root.resolve().name if info.name == "folder" else info.name)
     progress = {"step": 0, "evaluated": 0, "best": -1.0}  # steps made, the last one that was scored, its best score
     if args.resume:
         path = output / "last.pt" if args.resume == "last" else Path(args.resume)
-        progress = resume(path, identity, cfg, model, optimizer)
+        progress = resume(path, identity, method, optimizer)
         if not (output / "best.pt").exists():  # another folder than before: the next one is the best there
             progress.update(best=-1.0, evaluated=min(progress["evaluated"], progress["step"] - 1))
     start, labels = progress["step"], data.describe(samples)
-    train_set = data.TrainDataset(samples, info.num_classes, cfg.crop_size, args.seed, args.supervised, cfg.scale_range)
+    train_set = data.TrainDataset(samples, info.num_classes, cfg.crop_size, args.seed, bool(args.masks), cfg.scale_range)
     draws = data.draw_batches(start, cfg.max_iters, cfg.batch_size // world, rank, world)
     batches = iter(DataLoader(train_set, batch_sampler=draws, num_workers=args.workers,
                               worker_init_fn=live_as_long_as_the_training, pin_memory=device.type == "cuda"))
@@ -399,7 +402,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
                     "torch": torch.__version__}
         log, score_log = open_output(output, settings, progress)
     trained = sum(p.numel() for p in model.parameters())
-    say(f"{cfg.method} on {info.name}, {'true masks' if args.supervised else 'image-level labels'}; {identity['split']}: "
+    say(f"{args.method} on {info.name}, {f'masks: {args.masks}' if args.masks else 'image-level labels'}; {identity['split']}: "
         f"{labels}; {train_set.skipped} skipped\n"
         f"{trained:,} trained parameters on {device} x {world}, {cfg.batch_size} images per step, "
         f"steps {start} to {cfg.max_iters}, learning rate {cfg.lr:g} -> {output}")
@@ -407,7 +410,8 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
         say(f"nothing is scored: none of {len(val_samples)} images of val has a mask"
             + ("; `python 01_data.py coco` writes them" if info.name == "coco" else ""))
 
-    network = DistributedDataParallel(model) if dist.is_initialized() else model
+    if dist.is_initialized():
+        method.network = DistributedDataParallel(model)
     amp = backbone.half_precision(device) if args.amp else None
 
     def save(name: str) -> None:
@@ -423,8 +427,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     for step in range(start, cfg.max_iters + 1):
         last = step == cfg.max_iters
         if val_set and (last or step % cfg.eval_every == 0) and progress["evaluated"] < step:
-            result = evaluate(cfg, encoders, model, val_set, device, info.num_classes, last, amp,
-                              output / "preview" / f"step_{step:06d}.png", stop)
+            result = evaluate(method, val_set, last, amp, output / "preview" / f"step_{step:06d}.png", stop)
             if result is None:
                 break
             progress["evaluated"] = step
@@ -432,7 +435,8 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
                 progress["best"] = result["segmentation"]["miou"]
                 save("best.pt")
             if rank == 0:
-                score_log.write(step=step, **{rung: f"{100 * result[rung]['miou']:.2f}" for rung in result})
+                score_log.write(step=step, **{rung: f"{100 * result[rung]['miou']:.2f}" if rung in result else ""
+                                              for rung in all_rungs(method)})
                 draw_curves(output).save(output / "preview" / "curves.png")
             save("last.pt")
             say(f"mIoU at step {step}: " + "   ".join(f"{r} {100 * s['miou']:.1f}" for r, s in result.items()))
@@ -448,9 +452,9 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
         torch.manual_seed(hash((args.seed, step, rank)))  # dropout of a step depends on nothing but these: runs resume
         try:
             batch = next(batches)
-            masks = batch["mask"].to(device).long() if args.supervised else None
-            values = train_step(cfg, encoders, network, optimizer, batch["image"].to(device, non_blocking=True),
-                                batch["labels"], step, masks, amp)
+            masks = batch["mask"].to(device).long() if args.masks else None
+            images = batch["image"].to(device, non_blocking=True)
+            values = train_step(method, optimizer, images, batch["labels"], step, masks, amp)
         except data.DataError:  # a picture that cannot be read: all steps so far are whole
             save("last.pt")
             raise
@@ -462,7 +466,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
         if rank == 0 and (done % args.print_freq == 0 or done == cfg.max_iters):
             speed, seconds, measured = measured * cfg.batch_size / seconds, 0.0, 0
             lr, minutes = optimizer.param_groups[0]["lr"], (cfg.max_iters - done) * cfg.batch_size / speed / 60
-            log.write(step=done, lr=f"{lr:.3e}", images_per_s=f"{speed:.1f}", **{k: f"{v:.6f}" for k, v in values.items()})
+            log.write(step=done, lr=f"{lr:.3e}", **{k: f"{v:.6f}" for k, v in values.items()}, images_per_s=f"{speed:.1f}")
             say(f"step {done:6d}/{cfg.max_iters}  " + "  ".join(f"{name} {value:.3f}" for name, value in values.items())
                 + f"  lr {lr:.1e}  {speed:.1f} images/s  {minutes:.0f} min left  {memory()}")
         if wanted_anywhere(stop):
@@ -475,7 +479,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     say(f"stopped after step {progress['step']}; go on with --resume --output-dir {output}")
 
 
-def resume(path: Path, identity: dict, cfg, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+def resume(path: Path, identity: dict, method, optimizer: torch.optim.Optimizer) -> dict:
     """Go on from a checkpoint: its weights and optimiser are loaded -> its progress: step, evaluated, best.
 
     Raises  data.DataError if it is damaged, or of a run of another method, data, backbone or number: both sides are named
@@ -485,14 +489,15 @@ def resume(path: Path, identity: dict, cfg, model: nn.Module, optimizer: torch.o
     def essence(value):
         return value.get("fingerprint") if isinstance(value, dict) else value  # weights may lie elsewhere by now
 
-    ours, theirs = {**asdict(cfg), **identity}, {**checkpoint["config"], **checkpoint}
+    ours, theirs = ({**config, **run, **run["frozen"]} for config, run in ((asdict(method.cfg), identity),
+                                                                          (checkpoint["config"], checkpoint)))
     changed = [f"{key} is {theirs.get(key)}, this run has {value}" for key, value in ours.items()
-               if key not in MAY_CHANGE and essence(theirs.get(key)) != essence(value)]
+               if key not in MAY_CHANGE | {"frozen"} and essence(theirs.get(key)) != essence(value)]
     if changed:
         raise data.DataError(f"{path}: {'; '.join(changed)}. Resume with the same settings, or start a new run in another "
                              "--output-dir")
     try:
-        model.load_state_dict(checkpoint["model"])
+        method.model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         return {key: checkpoint[key] for key in ("step", "evaluated", "best")}
     except Exception as error:  # whatever a foreign file makes torch raise
@@ -513,34 +518,35 @@ class StopRequest:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """-> the options below, and `options`: the numbers of the method's row that were given, by their names."""
     p = data.CommandLine(__doc__, "dataset")
     p.add_argument("dataset", help=f"{', '.join(data.DATASETS)}, or a folder of your own")
-    p.add_argument("--method", choices=("weclip+", "weclip"), default="weclip+", help="default: %(default)s")
+    p.add_argument("--method", default=DEFAULT_METHOD,
+                   help=f"{', '.join(decoder.HERE_ARE)}, or the name of a file in methods/ (default: %(default)s)")
     p.add_argument("--data-path", metavar="DIR", help="where the data lies (default: data/NAME)")
-    p.add_argument("--output-dir", metavar="DIR", help="default: runs/NAME-METHOD[-supervised]")
+    p.add_argument("--output-dir", metavar="DIR", help="default: runs/NAME-METHOD[-masks]")
     p.add_argument("--resume", nargs="?", const="last", metavar="FILE", help="go on from FILE, or from OUTPUT/last.pt")
-    p.add_argument("--supervised", action="store_true", help="learn from true masks instead of pseudo labels")
-    p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 (shapes: its toy)")
-    p.add_argument("--dino", metavar="NAME|FILE", help="default: dinov2_vits14 (shapes: its toy); WeCLIP+ only")
+    p.add_argument("--masks", metavar="truth|DIR", help="learn from true masks, or from DIR/NAME.png, instead of pseudo labels")
     p.add_argument("--split", help="training split (default: train_aug for voc, else train)")
     p.add_argument("--background", nargs="+", metavar="WORD", help="background words instead of the data set's")
     p.add_argument("-b", "--batch-size", type=data.count, metavar="N",
-                   help="images per step and process (default: the table's, shared among the processes)")
+                   help="images per step and process (default: the row's, shared among the processes)")
     p.add_argument("-j", "--workers", type=data.natural, metavar="N", default=2, help="loader processes (default: %(default)s)")
-    p.add_argument("--lr", type=data.positive, metavar="X",
-                   help="of the decoder (default, for the six below too: the table in 04_decoder.py)")
-    p.add_argument("--max-iters", type=data.count, metavar="N", help="steps")
-    p.add_argument("--eval-every", type=data.count, metavar="N", help="steps between evaluations")
-    p.add_argument("--crop-size", type=data.count, metavar="N", help="pixels, of the training crops")
-    p.add_argument("--long-side", type=data.count, metavar="N", help="pixels, of the pictures that are evaluated")
-    p.add_argument("--dynamic-from", type=data.natural, metavar="N", help="step from which the affinity is the dynamic one")
-    p.add_argument("--self-label-after", type=data.natural, metavar="N",
-                   help="step after which sure predictions replace pseudo labels (WeCLIP+)")
     p.add_argument("--seed", type=data.natural, metavar="N", default=0, help="default: %(default)s")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="encoders in half precision (default: no)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     p.add_argument("--print-freq", type=data.count, metavar="N", default=50, help="steps between lines (default: %(default)s)")
-    return p.parse_args(argv)
+    p.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
+    first = argparse.ArgumentParser(add_help=False)  # which row's numbers are options?
+    first.add_argument("--method", default=DEFAULT_METHOD)
+    method = first.parse_known_args(argv)[0].method
+    names = decoder.add_row_options(p, type(decoder.method_class(method).rows["voc"]), leave_out=("batch_size",))
+    p.epilog = textwrap.fill(f"and each number of the method's row; of {method}: --" + " --".join(names).replace("_", "-"), 125)
+    args = p.parse_args(argv)
+    if args.supervised:
+        raise data.DataError("--supervised is now --masks truth")
+    args.options = decoder.chosen_options(args, names)
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

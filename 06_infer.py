@@ -4,11 +4,12 @@ In     a checkpoint of 05_train and the frozen backbones it was trained on; pict
 Out    palette PNGs at the size of the input, overlays with a legend; for a split the IoU of each class and scores.json,
        pseudo labels (--cams), an archive for the VOC server (--submit). Segmenting needs no image-level label.
 Paper  WeCLIP (CVPR 2024) and WeCLIP+ (TPAMI 2025), inference: several scales and their mirrors, averaged (that is
-       04_decoder.multi_scale_logits), dense CRF (Kraehenbuehl and Koltun 2011), mIoU from one confusion matrix.
+       `logits` of the method), dense CRF (03_cam.crf), mIoU from one confusion matrix.
 
     python 06_infer.py runs/shapes-weclip+/best.pt                       # score val: single scale, multi-scale + flip
     python 06_infer.py best.pt cat.jpg holiday/                          # pictures -> predictions/ beside them
     python 06_infer.py best.pt --split train_aug --cams                  # CAMs and pseudo labels of a split, scored
+    python 06_infer.py best.pt --split train_aug --with-labels --crf     # masks for `05_train.py --masks`
     python 06_infer.py best.pt --split test --crf --submit results.tgz   # for the VOC server
 """
 import argparse
@@ -17,11 +18,7 @@ import os
 import signal
 import sys
 import tarfile
-from collections import deque
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,69 +33,13 @@ from tqdm import tqdm  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # our folder, wherever we are started from
 data = import_module("01_data")
 backbone = import_module("02_backbone")
+cam = import_module("03_cam")
 decoder = import_module("04_decoder")
 
-CAM_RUNGS = ("CAM", "refined", "pseudo label")  # of 04_decoder.ladder: those that need image-level labels
 SINGLE = "single scale"                         # scale 1 without its mirror, as in the released scores; "segmentation" in 05
-CRF_FLOOR = 0.01                                # a class nowhere more probable takes no part: see likely_classes
 OVERLAY_SIDE = 1024                             # pixels: overlays are to be looked at, a photo's are made smaller
 PRINT_EVERY = 50                                # images, where there is no terminal for a bar
 VOC_FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Dense CRF: the borders of the prediction follow the edges of the image
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def crf_package() -> tuple:
-    """pydensecrf's two modules. Raises data.DataError, which says how to get it, where it is not installed."""
-    try:
-        return import_module("pydensecrf.densecrf"), import_module("pydensecrf.utils")
-    except ImportError as error:
-        raise data.DataError("--crf needs the package pydensecrf2: `pip install pydensecrf2`, with a C++ compiler and "
-                             f"Python <= 3.12; or leave --crf away ({error})") from error
-
-
-def crf(image: np.ndarray, probs: np.ndarray, iterations: int = 10) -> np.ndarray:
-    """Which class is each pixel, if near pixels and pixels of like colour prefer the same one? The papers' parameters.
-
-    image  (H, W, 3) uint8 RGB
-    probs  (K, H, W) float32 of a softmax; the unary energy is -log of them (of at least 1e-5)
-    ->     (K, H, W) float32 marginals, summing to 1 at each pixel
-    """
-    dense_crf, utils = crf_package()
-    classes, height, width = probs.shape
-    field = dense_crf.DenseCRF2D(width, height, classes)
-    field.setUnaryEnergy(np.ascontiguousarray(utils.unary_from_softmax(probs)))
-    field.addPairwiseGaussian(sxy=3, compat=3)  # sxy in pixels, srgb in 0..255; compat is the weight
-    field.addPairwiseBilateral(sxy=64, srgb=5, rgbim=np.ascontiguousarray(image), compat=4)
-    return np.array(field.inference(iterations), dtype=np.float32).reshape(classes, height, width)
-
-
-def likely_classes(logits: torch.Tensor, floor: float = CRF_FLOOR) -> tuple[np.ndarray, np.ndarray]:
-    """Which classes are worth the CRF's time? It costs as much for a class that is nowhere as for one that is.
-
-    logits  (C, H, W)
-    ->      ids (K,) uint8 of the classes that are more probable than `floor` somewhere, or the best one somewhere;
-            their probabilities (K, H, W) float32, not renormalised: the CRF asks for their ratios only
-    Measured on VOC pictures with made-up logits (truth plus noise), against the CRF of all classes: of 21 classes 7 are
-    kept and 1 pixel in 800 000 changes; of 81 classes 15 are kept, none changes, and it takes a fifth of the time.
-    """
-    probs = logits.softmax(dim=0)
-    keep = probs.amax(dim=(1, 2)) > floor
-    keep[logits.argmax(dim=0).unique()] = True
-    return keep.nonzero().flatten().to(torch.uint8).cpu().numpy(), probs[keep].cpu().numpy()
-
-
-def crf_labels(image: np.ndarray, ids: np.ndarray, probs: np.ndarray) -> np.ndarray:
-    """The CRF as a job for a worker process: what `likely_classes` gives -> (H, W) uint8 labels."""
-    return ids[crf(image, probs).argmax(axis=0)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Segmenting
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Segmented(NamedTuple):
@@ -107,7 +48,6 @@ class Segmented(NamedTuple):
     image: np.ndarray           # (H, W, 3) uint8
     truth: torch.Tensor | None  # (H, W) uint8, when scoring
     labels: dict                # rung -> (H, W) uint8 tensor; the last rung is the prediction
-    after_crf: Future | None    # with --crf: one more rung, being made in a worker process
 
 
 def rung_name(scales: tuple[float, ...], flip: bool) -> str:
@@ -116,77 +56,76 @@ def rung_name(scales: tuple[float, ...], flip: bool) -> str:
     return f"{name} + flip" if flip else name
 
 
-def segment(run: tuple, sample, args: argparse.Namespace, pool: ProcessPoolExecutor | None) -> Segmented:
-    """One picture through everything that the command line asks for.
+def segment(method, sample, args: argparse.Namespace) -> tuple[Segmented, tuple | None]:
+    """One picture through everything that the command line asks for -> what was found, and with --crf what is left to do.
 
-    run     (info, cfg, encoders, model) of 04_decoder.restore
     sample  01_data.Sample; with a mask, what the prediction is compared with is made too: one scale, no mirror
-    pool    for the CRF, which does not wait here: see `segment_all`
     Raises  data.DataError  if a file cannot be used
     """
-    info, cfg, encoders, model = run
+    info = method.info
     image = data.load_image(sample.image, as_displayed=bool(args.images))  # masks of a split fit the stored pixels
     truth = data.load_mask(sample.mask, info.num_classes, image.shape[:2]) if sample.mask else None
     item = data.as_item(sample, image, truth, info.num_classes)
-    pixels, labels, wanted = item["image"].to(args.device), {}, rung_name(args.scales, args.flip)
+    pixels, wanted = item["image"].to(method.device), rung_name(args.scales, args.flip)
+    kept = [0, *(1 + c for c in range(len(info.classes)) if not args.with_labels or c in sample.labels)]
+
+    def labelled(logits: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(kept, dtype=torch.uint8)[cam.enlarged_labels(logits[kept], image.shape[:2]).cpu()]
+
+    labels = {}
     if args.cams:
-        rungs = decoder.ladder(cfg, encoders, model, pixels, item["labels"], args.amp)
-        labels = {rung: rungs[rung] for rung in CAM_RUNGS} | {SINGLE: rungs["segmentation"]}
-    elif sample.mask and wanted != SINGLE:
-        logits = decoder.multi_scale_logits(cfg, encoders, model, pixels, (1,), False, args.amp)
-        labels[SINGLE] = decoder.enlarged_labels(logits, image.shape[:2])
-    logits = decoder.multi_scale_logits(cfg, encoders, model, pixels, args.scales, args.flip, args.amp)
-    labels[wanted] = decoder.enlarged_labels(logits, image.shape[:2])
-    after_crf = None
-    if pool:
-        after_crf = pool.submit(crf_labels, image, *likely_classes(decoder.enlarge(logits, image.shape[:2])))
-    return Segmented(image, item.get("mask"), {rung: x.to(torch.uint8).cpu() for rung, x in labels.items()}, after_crf)
+        rungs = method.ladder(pixels, item["labels"], args.amp).labels
+        labels = {rung: rungs[rung].to(torch.uint8).cpu() for rung in method.rungs}
+    if wanted != SINGLE and (sample.mask or args.cams):
+        labels[SINGLE] = labelled(method.logits(pixels, (1,), False, args.amp))
+    logits = method.logits(pixels, args.scales, args.flip, args.amp)
+    labels[wanted] = labelled(logits)
+    job = None
+    if args.crf:
+        ids, probs = cam.likely_classes(cam.enlarge(logits[kept], image.shape[:2]))
+        job = (image, np.array(kept, np.uint8)[ids], probs, 10, method.cfg.crf_gaussian, method.cfg.crf_bilateral)
+    return Segmented(image, item.get("mask"), labels), job
 
 
-def segment_all(run: tuple, samples: list, args: argparse.Namespace):
+def segment_all(method, samples: list, args: argparse.Namespace):
     """Sample by sample, in order: (sample, Segmented), or (sample, data.DataError) for a file that cannot be used.
 
-    With --crf, results come some pictures late: while the workers are at these, the network goes on.
+    With --crf, results come some pictures late: while worker processes are at these, the network goes on.
     """
-    pool = ProcessPoolExecutor(args.workers, get_context("spawn")) if args.crf else None
-    lag, waiting = 2 * args.workers if pool else 0, deque()
-    bar = tqdm(samples, desc="segmenting", disable=None)
-    try:
+    def found():
+        bar = tqdm(samples, desc="segmenting", disable=None)
         for number, sample in enumerate(bar, 1):
             try:
-                waiting.append((sample, segment(run, sample, args, pool)))
+                result, job = segment(method, sample, args)
             except data.DataError as error:
-                waiting.append((sample, error))
+                result, job = error, None
             if bar.disable and not args.images and (number % PRINT_EVERY == 0 or number == len(samples)):
                 print(f"{number}/{len(samples)} images", flush=True)
-            while len(waiting) > lag or (waiting and number == len(samples)):
-                sample, found = waiting.popleft()
-                if isinstance(found, Segmented) and found.after_crf:
-                    rung = f"{rung_name(args.scales, args.flip)} + CRF"
-                    found.labels[rung] = torch.from_numpy(found.after_crf.result())
-                yield sample, found
-    except BrokenProcessPool as error:
-        raise data.DataError(f"a CRF process died ({error}); if memory ran out, take fewer with -j") from error
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
+            yield (sample, result), job
+
+    if not args.crf:
+        yield from (key for key, _ in found())
+        return
+    for (sample, result), labels in cam.crf_in_processes(found(), args.workers):
+        if labels is not None:
+            result.labels[f"{rung_name(args.scales, args.flip)} + CRF"] = torch.from_numpy(labels)
+        yield sample, result
 
 
 def complain(error: Exception | str) -> None:
     tqdm.write(f"error: {error}", file=sys.stderr)
 
 
-def segment_pictures(run: tuple, args: argparse.Namespace) -> int:
+def segment_pictures(method, args: argparse.Namespace) -> int:
     """Palette PNG, overlay and a line of text for each picture of one's own. -> how many files could not be used."""
-    info, failed, files = run[0], 0, data.picture_files(args.images)
+    info, failed, files = method.info, 0, data.picture_files(args.images)
     results = data.result_files(files, args.output_dir, (".png", "_overlay.png"))
     samples = [data.Sample(file.stem, str(file), None, (), "none") for file in files]
-    for (sample, found), (prediction, overlay) in zip(segment_all(run, samples, args), results):
+    for (sample, found), (prediction, overlay) in zip(segment_all(method, samples, args), results):
         if isinstance(found, data.DataError):
             complain(found)
             failed += 1
             continue
-        prediction.parent.mkdir(parents=True, exist_ok=True)
         mask = list(found.labels.values())[-1].numpy()
         data.save_mask(prediction, mask)
         factor = min(1, OVERLAY_SIDE / max(mask.shape))
@@ -215,24 +154,24 @@ def split_samples(info, split: str, data_path: str | None) -> list:
     return samples
 
 
-def segment_split(run: tuple, args: argparse.Namespace, checkpoint: dict) -> int:
+def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
     """Predictions of a split; with masks its scores, with --submit the archive. -> how many files could not be used.
 
     Of an image nothing is kept but its PNGs and what it adds to one confusion matrix per rung.
     """
-    info, cfg = run[:2]
+    info = method.info
     samples = split_samples(info, args.split, args.data_path)
-    if args.cams and not any(sample.labels for sample in samples):
-        raise data.DataError(f"{args.split} has no image-level labels, which --cams needs; take another --split")
+    if (args.cams or args.with_labels) and not any(sample.labels for sample in samples):
+        raise data.DataError(f"{args.split} has no image-level labels, which --cams and --with-labels need; take another "
+                             "--split")
     output = Path(args.output_dir or Path(args.checkpoint).parent / args.split)
-    folders = {rung: output / rung.replace(" ", "_") for rung in CAM_RUNGS if args.cams}
-    for folder in (output / "predictions", *folders.values()):
-        folder.mkdir(parents=True, exist_ok=True)
+    folders = {rung: output / rung.replace(" ", "_") for rung in method.rungs if args.cams}
+    (output / "predictions").mkdir(parents=True, exist_ok=True)
     summary = data.describe(samples)
     print(f"{args.split} of {info.name}: {summary} -> {output}", flush=True)
 
     matrices, done, scored, failed = {}, [], [], []  # the last three: names
-    for sample, found in segment_all(run, samples, args):
+    for sample, found in segment_all(method, samples, args):
         if isinstance(found, data.DataError):
             complain(found)
             failed.append(sample.name)
@@ -251,12 +190,13 @@ def segment_split(run: tuple, args: argparse.Namespace, checkpoint: dict) -> int
         names = ("background", *info.classes)
         result = {rung: data.scores(matrix) for rung, matrix in matrices.items()}
         of = "" if len(scored) == len(samples) else f" of {len(samples)}"  # without mask, or unusable
-        data.print_scores(result, info, f"{args.split} of {info.name}, {len(scored)}{of} images, {describe(args, cfg)}")
+        data.print_scores(result, info, f"{args.split} of {info.name}, {len(scored)}{of} images, {describe(args, method.cfg)}")
         for score in result.values():
             score["iou"] = {name: None if np.isnan(iou) else iou for name, iou in zip(names, score["iou"])}
-        trained = {key: checkpoint.get(key) for key in ("step", "supervised", "seed", "clip", "dino", "config")}
+        trained = {key: checkpoint.get(key) for key in ("method", "step", "masks", "seed", "frozen", "config")}
         report = {"checkpoint": args.checkpoint, "dataset": info.name, "split": args.split, "images": len(scored),
                   "unusable": failed, "samples": summary, "scales": args.scales, "flip": args.flip, "crf": args.crf,
+                  "with_labels": args.with_labels,
                   "amp": str(args.amp) if args.amp else None, "rungs": result, "training": trained}
         (output / "scores.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
     else:
@@ -271,7 +211,8 @@ def segment_split(run: tuple, args: argparse.Namespace, checkpoint: dict) -> int
 def describe(args: argparse.Namespace, cfg) -> str:
     """How the prediction is made, in words."""
     return (f"long side {cfg.long_side} x {', '.join(f'{scale:g}' for scale in args.scales)}, "
-            f"{'with' if args.flip else 'no'} mirror, {'with' if args.crf else 'no'} CRF")
+            f"{'with' if args.flip else 'no'} mirror, {'with' if args.crf else 'no'} CRF"
+            + ", classes of the image only" * args.with_labels)
 
 
 def write_submission(path: str, folder: Path, names: list[str]) -> None:
@@ -302,6 +243,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images too (default: yes)")
     p.add_argument("--crf", action="store_true", help="dense CRF on top (needs pydensecrf2)")
     p.add_argument("--cams", action="store_true", help="CAMs and pseudo labels too, from the split's labels")
+    p.add_argument("--with-labels", action="store_true", help="predict only classes that the split's labels name")
     p.add_argument("--submit", metavar="FILE.tgz", help="pack the predictions for the VOC server")
     p.add_argument("--output-dir", metavar="DIR",
                    help="default: predictions/ beside a picture, SPLIT/ beside the checkpoint")
@@ -317,22 +259,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """-> exit status: 0, or 1 if some pictures could not be used."""
     args = parse_args(argv)
-    if args.images and (args.cams or args.submit):
-        raise data.DataError("--cams and --submit are for a split: pictures of your own have no image-level labels "
-                             "(python 03_cam.py PICTURE --classes ... takes them from you)")
+    if args.images and (args.cams or args.with_labels or args.submit):
+        raise data.DataError("--cams, --with-labels and --submit are for a split: pictures of your own have no image-level "
+                             "labels (python 03_cam.py PICTURE --classes ... takes them from you)")
     if args.crf:
-        crf_package()  # missing? say so now and not after the first picture
-    args.device = backbone.choose_device(args.device)
-    args.amp = backbone.half_precision(args.device) if args.amp else None
+        cam.crf_package()  # missing? say so now and not after the first picture
+    device = backbone.choose_device(args.device)
+    args.amp = backbone.half_precision(device) if args.amp else None
     checkpoint = decoder.read_checkpoint(args.checkpoint)
     if args.submit and checkpoint["dataset"] != "voc":
         raise data.DataError(f"{args.checkpoint}: trained on {checkpoint['dataset']}; --submit is for VOC's server")
-    run = decoder.restore(checkpoint, args.checkpoint, args.clip, args.dino, args.device)
-    cfg = run[1]
-    args.scales = tuple(args.scales or cfg.scales)
-    print(f"{cfg.method}, trained on {checkpoint['dataset']} for {checkpoint.get('step', '?')} steps; "
-          f"{describe(args, cfg)}; on {args.device}", flush=True)
-    failed = segment_pictures(run, args) if args.images else segment_split(run, args, checkpoint)
+    frozen = {what: getattr(args, what) for what in ("clip", "dino") if getattr(args, what)}
+    method = decoder.restore(checkpoint, args.checkpoint, frozen, device)
+    args.scales = tuple(args.scales or method.cfg.scales)
+    print(f"{checkpoint['method']}, trained on {checkpoint['dataset']} for {checkpoint['step']} steps; "
+          f"{describe(args, method.cfg)}; on {device}", flush=True)
+    failed = segment_pictures(method, args) if args.images else segment_split(method, args, checkpoint)
     if failed:
         complain(f"{failed} pictures could not be used (see above), the others are done")
     return int(failed > 0)

@@ -44,15 +44,14 @@ CLASSES, STEP = 20, 10_000  # of VOC; a step after the switch to the dynamic aff
 # ------------------------------------------------------------------------------------------------ what is measured with
 
 @cache
-def encoders(method: str, device: torch.device):
-    """Frozen encoders of full size with random weights; the words are random directions."""
+def frozen(method: str, device: torch.device) -> dict:
+    """Frozen encoders of full size with random weights."""
     if method == "weclip+":
         dino = backbone.dino_from_state_dict(golden.dino_state_dict(golden.DINO_LAYOUTS["dinov2_vits14"], seed=1))
-        return encoders("weclip", device)._replace(dino=dino.eval().requires_grad_(False).to(device))
+        return frozen("weclip", device) | {"dino": dino.eval().requires_grad_(False).to(device)}
     layout = golden.CLIP_LAYOUTS["ViT-B/16"] | {"text_layers": 1}
     tower = backbone.clip.model.build_model(golden.clip_state_dict(layout, seed=1)).float()
-    words = F.normalize(torch.randn(CLASSES + 25, 512, generator=torch.Generator().manual_seed(2)), dim=1).to(device)
-    return backbone.Encoders(tower.eval().requires_grad_(False).to(device), None, words[:CLASSES], words[CLASSES:])
+    return {"clip": tower.eval().requires_grad_(False).to(device)}
 
 
 class Batch:
@@ -65,40 +64,38 @@ class Batch:
         self.labels = torch.zeros(size, CLASSES)
         for image in range(size):
             self.labels[image, [(image + k) % CLASSES for k in range(classes)]] = 1
-        self.encoders, self.pairs = encoders(method, args.device), cam.class_pairs(self.labels)
-        self.cfg = decoder.config_for(method, "voc", self.encoders.clip, self.encoders.dino)
+        self.pairs, kind = cam.class_pairs(self.labels), decoder.method_class(method)
         torch.manual_seed(4)
-        self.model = decoder.build_model(self.cfg, CLASSES + 1, self.encoders.clip, self.encoders.dino)
-        self.model.to(args.device).train()
-        self.optimizer = train.make_optimizer(self.model, self.cfg.lr)
+        self.method = kind(kind.rows["voc"], data.DATASETS["voc"], frozen(method, args.device))
+        words = F.normalize(torch.randn(CLASSES + 25, 512, generator=generator), dim=1).to(args.device)
+        self.method.text_fg, self.method.text_bg = words[:CLASSES], words[CLASSES:]  # the text tower has one layer here
+        self.method.model.train()
+        self.optimizer = train.make_optimizer(self.method.model, self.method.cfg.lr)
 
     def floor(self):
-        plain_forward(self.encoders, self.images)
+        plain_forward(self.method, self.images)
 
-    def step(self, network=None, amp=None):
-        train.train_step(self.cfg, self.encoders, network or self.model, self.optimizer, self.images, self.labels, STEP,
-                         amp=amp)
+    def step(self, amp=None):
+        train.train_step(self.method, self.optimizer, self.images, self.labels, STEP, amp=amp)
 
-    @torch.no_grad()
     def stages(self, amp=None):
-        """What `label_images` makes, one after the other, as the inputs of what is timed by itself."""
-        self.seen = backbone.look(self.encoders, self.images, decoder.maps_needed(self.cfg, dynamic=True), amp)
-        prediction = self.model.eval()(self.seen.tokens, self.seen.grid, self.seen.dino_map)
-        self.cams, self.refined = decoder.label_images(self.cfg, self.encoders, self.images, self.seen, prediction,
-                                                       self.pairs, self.images.shape[-2:], dynamic=True)
-        self.model.train()
+        """What the single stages take: attributes of the same names."""
+        self.seen = self.method.look(self.images, True, STEP, amp)
+        prediction = self.method.model.eval()(self.seen)
+        self.rungs = self.method.pseudo_labels(self.images, self.pairs, self.seen, prediction, self.images.shape[-2:], STEP)
+        self.method.model.train()
         return self
 
-    def grad_cam(self, pairs=None):
-        return cam.grad_cam(self.encoders.clip, self.seen.tokens[-1], *self.encoders[2:],
-                            self.pairs if pairs is None else pairs, self.seen.grid)
+    def grad_cam(self):
+        return cam.grad_cam(self.method.clip, self.seen.tokens[-1], self.method.text_fg, self.method.text_bg, self.pairs,
+                            self.seen.grid)
 
 
 @torch.no_grad()
-def plain_forward(frozen, images: torch.Tensor, amp: torch.dtype | None = None) -> None:
+def plain_forward(method, images: torch.Tensor, amp: torch.dtype | None = None) -> None:
     """The floor: `look` has all blocks but CLIP's last one, which is added here."""
-    x, block = backbone.look(frozen, images, amp=amp).tokens[-1], frozen.clip.visual.transformer.resblocks[-1]
-    with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
+    x, block = method.look(images, False, amp=amp).tokens[-1], method.clip.visual.transformer.resblocks[-1]
+    with backbone.in_precision(amp, images.device):
         x = x + backbone.attend(block.attn, block.ln_1(x), with_map=False)[0]
         x + block.mlp(block.ln_2(x))
 
@@ -166,7 +163,7 @@ def bench_cam(args) -> None:
 
     def one_by_one(batch):
         for image, target in batch.pairs.tolist():
-            slow.one_cam_at_a_time(batch.encoders.clip, batch.seen.tokens[-1][image], *batch.encoders[2:],
+            slow.one_cam_at_a_time(batch.method.clip, batch.seen.tokens[-1][image], batch.method.text_fg, batch.method.text_bg,
                                    batch.labels[image].nonzero()[:, 0].tolist(), target, batch.seen.grid, 100.0)
     times = timed(args, {"floor": batches[1].floor}
                   | {f"CAMs, {k} per image": batch.grad_cam for k, batch in batches.items()}
@@ -179,18 +176,18 @@ def bench_cam(args) -> None:
 def bench_par(args) -> None:
     """Label refinement of a batch of 4 with 2 classes per image."""
     batch = Batch(args).stages()
-    scores, _ = decoder.stack_scores(batch.refined.maps, batch.pairs, len(batch.images))
-    maps = torch.rand(4, *[batch.refined.transition.shape[-1]] * 2, device=args.device)
+    scores, _ = cam.stack_scores(batch.rungs.maps, batch.pairs, len(batch.images))
+    maps = torch.rand(4, *[batch.rungs.transition.shape[-1]] * 2, device=args.device)
 
     def par():
-        return decoder.par(batch.images, scores)
+        return cam.par(batch.images, scores)
 
     def copies():
         return slow.par_with_48_copies(batch.images, scores)
     times = timed(args, {"floor": batch.floor, "PAR": par, "PAR with 48 copies": copies,
-                         "box masks": lambda: cam.box_masks(batch.cams, 0.4),
-                         "min-max, twice": lambda: cam.normalize_cams(batch.cams),
-                         "transition matrix": lambda: decoder.transition_matrix(maps)})
+                         "box masks": lambda: cam.box_masks(batch.rungs.cams, 0.4),
+                         "min-max, twice": lambda: cam.normalize_cams(batch.rungs.cams),
+                         "transition matrix": lambda: cam.transition_matrix(maps)})
     ratios(times, {"PAR": "wanted: 0.5"})
     line("48 copies, against PAR: time", f"{times['PAR with 48 copies'] / times['PAR']:.1f}", "wanted: at least 7")
     peaks = [peak_extra(run, args.device) for run in (par, copies)]
@@ -223,13 +220,12 @@ def bench_infer(args) -> None:
     for method in ("weclip", "weclip+"):
         batch = Batch(args, method)
         picture = torch.randn(3, 375, 500, generator=torch.Generator().manual_seed(5)).to(args.device)
-        inputs = [torch.zeros(2, 3, int(384 * s), int(512 * s), device=args.device) for s in batch.cfg.scales]
-        batch.model.eval()
+        inputs = [torch.zeros(2, 3, int(384 * s), int(512 * s), device=args.device) for s in batch.method.cfg.scales]
+        batch.method.model.eval()
 
         def infer():
-            logits = decoder.multi_scale_logits(batch.cfg, batch.encoders, batch.model, picture)
-            decoder.enlarged_labels(logits, picture.shape[-2:])
-        times = timed(args, {"floor": lambda: [plain_forward(batch.encoders, x) for x in inputs],
+            cam.enlarged_labels(batch.method.logits(picture), picture.shape[-2:])
+        times = timed(args, {"floor": lambda: [plain_forward(batch.method, x) for x in inputs],
                              f"scales and mirrors, {method}": infer})
         ratios(times, {f"scales and mirrors, {method}": "wanted: 1.1"})
         memory_line(f"scales and mirrors, {method}", infer, args.device, "2 GB")
@@ -240,10 +236,10 @@ def bench_amp(args) -> None:
     amp = backbone.half_precision(args.device)
     for method in ("weclip", "weclip+"):
         batch = Batch(args, method)
-        labels = [batch.stages(x).refined.labels for x in (None, amp)]
+        labels = [batch.stages(x).rungs.labels for x in (None, amp)]
         line(f"pseudo labels equal with --amp ({amp}), {method}", f"{(labels[0] == labels[1]).float().mean():.2%}")
         ratios(timed(args, {f"floor, {method}": batch.floor,
-                            "  floor with --amp": lambda: plain_forward(batch.encoders, batch.images, amp),
+                            "  floor with --amp": lambda: plain_forward(batch.method, batch.images, amp),
                             f"training step, {method}": batch.step, "  step with --amp": lambda: batch.step(amp=amp)}), {})
 
 
@@ -273,8 +269,8 @@ def _process(rank: int, world: int, args, results) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531", "RANK": str(rank), "WORLD_SIZE": str(world)}
     dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
     batch = Batch(args)
-    network = DistributedDataParallel(batch.model)
-    took = timed(args, {"step": lambda: batch.step(network)})["step"]
+    batch.method.network = DistributedDataParallel(batch.method.model)
+    took = timed(args, {"step": batch.step})["step"]
     if rank == 0:
         results.put(took)
     dist.destroy_process_group()
@@ -293,7 +289,7 @@ def bench_processes(args) -> None:
     line("images/s of two processes, over those of one", f"{speeds[1] / speeds[0]:.2f}",
          f"{speeds[1]:.2f} and {speeds[0]:.2f} images/s")
     for method in ("weclip", "weclip+"):
-        size = 4 * sum(p.numel() for p in Batch(args, method).model.parameters())
+        size = 4 * sum(p.numel() for p in Batch(args, method).method.model.parameters())
         line(f"gradients per step and GPU, {method}, on paper", f"{size / 2**20:.1f} MB",
              f"a ring of 8 GPUs sends 2 * 7/8 of it: {1.75 * size / 2**20:.1f} MB")
 

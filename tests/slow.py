@@ -1,6 +1,6 @@
-"""The slow, obvious forms: what the fast ones of 03 and 04 are held against (test_stages.py) and timed against (bench.py).
+"""The slow, obvious forms: what the fast ones of 02 to 04 are held against (test_*.py) and timed against (bench.py).
 
-One image, one class, one region, one neighbour after the other. Nothing of the project is imported here.
+One image, one class, one region, one sample after the other. Nothing of the project is imported here.
 """
 import math
 
@@ -8,6 +8,46 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Equal up to a small part of the largest value: float32 sums of other orders differ by a few millionths of it."""
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * expected.detach().abs().max().item())
+
+
+def resize_grid(grid: torch.Tensor, size: tuple[int, int], factors: tuple[float, float], **how) -> torch.Tensor:
+    """Any separable resize, one axis after the other; `how` as in `resize_line`. (h, w) -> (*size)."""
+    rows = torch.stack([resize_line(row, size[1], factors[1], **how) for row in grid])
+    return torch.stack([resize_line(column, size[0], factors[0], **how) for column in rows.T]).T
+
+
+def resize_line(values: torch.Tensor, size: int, factor: float, kernel, support: int, antialias: bool = False):
+    """One axis of a resize with half-pixel centres: `size` samples of the 1-d `values`, `factor` samples per value."""
+    stretch = max(1 / factor, 1) if antialias else 1
+    out = []
+    for i in range(size):
+        centre = (i + 0.5) / factor - 0.5
+        taps = range(math.ceil(centre - support * stretch), math.floor(centre + support * stretch) + 1)
+        if antialias:  # taps outside are dropped and the others fill up to one; otherwise the edge value is repeated
+            taps = [j for j in taps if 0 <= j < len(values)]
+        weights = [kernel((j - centre) / stretch) for j in taps]
+        out.append(sum(w * values[min(max(j, 0), len(values) - 1)] for w, j in zip(weights, taps)) / sum(weights))
+    return torch.stack(out)
+
+
+def linear(x: float) -> float:
+    """The kernel of a bilinear resize; its support is 1."""
+    return max(1 - abs(x), 0.0)
+
+
+def cubic(a: float):
+    """Keys' kernel; its support is 2. torch uses a = -0.75 for bicubic, and -0.5 for bicubic with antialiasing."""
+    def kernel(x):
+        x = abs(x)
+        if x < 1:
+            return (a + 2) * x**3 - (a + 3) * x**2 + 1
+        return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+    return kernel
 
 
 def one_cam_at_a_time(tower: nn.Module, tokens: torch.Tensor, text_fg: torch.Tensor, text_bg: torch.Tensor,

@@ -12,6 +12,7 @@ import sys
 import tarfile
 from dataclasses import asdict
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,13 @@ import golden
 
 data = import_module("01_data")
 backbone = import_module("02_backbone")
+cam = import_module("03_cam")
 decoder = import_module("04_decoder")
 infer = import_module("06_infer")
 
 TINY = dict(width=128, layers=4, patch=8, resolution=32, text_width=64, text_layers=1, embed=32)
 CLASSES = ("ant", "bee", "cow")
-CONFIG = decoder.Config(method="weclip+", static_maps=3, dynamic_maps=3, box_fraction=None, weigh_by_prob=True,
-                        fuse_blocks=1, long_side=48, scales=(1.0, 1.5))
+CONFIG = decoder.WeCLIPPlusConfig(static_maps=3, dynamic_maps=3, cam_skip=0, long_side=48, scales=(1.0, 1.5))
 
 
 def write_checkpoint(folder, dataset, classes, name):
@@ -40,12 +41,10 @@ def write_checkpoint(folder, dataset, classes, name):
         torch.save(golden.dino_state_dict(golden.DINO_LAYOUTS["tiny"], seed=1), dino_file)
     biases = {0: 2.2, 1: 1.3, 2: 0.7, 3: -0.6}
     weights = golden.head_state_dict(2, 128, 1 + len(classes), 1, 96, pred_gain=3.0, pred_bias_offsets=biases)
-    frozen = {"clip": (str(clip_file), backbone.load_clip(str(clip_file))),
-              "dino": (str(dino_file), backbone.load_dino(str(dino_file)))}
-    names = {what: {"name": file, "fingerprint": backbone.fingerprint(model)} for what, (file, model) in frozen.items()}
-    torch.save({"model": weights, "config": asdict(CONFIG), "method": "weclip+", "dataset": dataset, "step": 7,
-                "classes": list(classes), "prompts": list(classes), "background": ["ground", "sky"], **names},
-               folder / name)
+    cfg = decoder.replace(CONFIG, clip=str(clip_file), dino=str(dino_file))
+    frozen = decoder.frozen_names(cfg, decoder.WeCLIPPlus.load(cfg, "cpu"))
+    torch.save({"model": weights, "config": asdict(cfg), "method": "weclip+", "dataset": dataset, "step": 7, "frozen": frozen,
+                "classes": list(classes), "prompts": list(classes), "background": ["ground", "sky"]}, folder / name)
     return str(folder / name)
 
 
@@ -76,10 +75,10 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(home):
-    """(info, cfg, encoders, model) of the first checkpoint."""
+def method(home):
+    """The method of the first checkpoint."""
     path = home / "best.pt"
-    return decoder.restore(decoder.read_checkpoint(path), path, None, None, "cpu")
+    return decoder.restore(decoder.read_checkpoint(path), path, {}, "cpu")
 
 
 def command(*args, cwd):
@@ -149,7 +148,7 @@ def test_a_photo_is_segmented_as_it_is_displayed(home, tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "out" / "sideways.png"), expected)
 
 
-def test_the_prediction_is_the_best_class_of_the_multi_scale_logits(home, run, tmp_path):
+def test_the_prediction_is_the_best_class_of_the_multi_scale_logits(home, method, tmp_path):
     """Nothing is lost between 04 and the PNG; --scales and --no-flip arrive."""
     picture = noise_picture(5, 50, 70)
     Image.fromarray(picture).save(tmp_path / "a.png")
@@ -158,7 +157,7 @@ def test_the_prediction_is_the_best_class_of_the_multi_scale_logits(home, run, t
     for options, scales, flip in ((), (1, 1.5), True), (("--scales", "1", "0.6", "--no-flip"), (1, 0.6), False):
         assert infer.main([str(home / "best.pt"), str(tmp_path / "a.png"), *options]) == 0
         results.append(read(tmp_path / "predictions" / "a.png"))
-        expected = decoder.enlarge(decoder.multi_scale_logits(*run[1:], image, scales, flip), (50, 70)).argmax(dim=0)
+        expected = cam.enlarge(method.logits(image, scales, flip), (50, 70)).argmax(dim=0)
         np.testing.assert_array_equal(results[-1], expected.numpy())
     assert (results[0] != results[1]).any(), "this picture cannot tell the options apart"
 
@@ -183,27 +182,21 @@ def test_the_overlay_of_a_large_photo_is_small_and_its_prediction_is_not(home, t
 
 # ----------------------------------------------------------------------------------------------- several scales, mirror
 
-def test_one_scale_without_mirror_is_the_plain_forward(run):
+def test_one_scale_without_mirror_is_the_plain_forward(method):
     """The "single scale" of the tables: a picture whose long side is already right is only segmented."""
-    info, cfg, encoders, model = run
     image = torch.randn(3, 48, 32, generator=torch.Generator().manual_seed(0))
-    seen = backbone.look(encoders, image[None])
     with torch.no_grad():
-        logits = model(seen.tokens, seen.grid, seen.dino_map).logits
-    assert logits.shape == (1, info.num_classes, 6, 4)
-    torch.testing.assert_close(decoder.multi_scale_logits(cfg, encoders, model, image, (1,), flip=False), logits[0])
+        logits = method.model(method.look(image[None], for_labels=False)).logits
+    assert logits.shape == (1, method.info.num_classes, 6, 4)
+    torch.testing.assert_close(method.logits(image, (1,), flip=False), logits[0])
 
 
-def test_with_flip_a_mirrored_picture_has_mirrored_logits(run):
+def test_with_flip_a_mirrored_picture_has_mirrored_logits(method):
     """Both views are averaged, so that left and right are treated alike. A single view does not do that."""
-    info, cfg, encoders, model = run
     image = torch.randn(3, 40, 48, generator=torch.Generator().manual_seed(1))
-
-    def logits(picture, flip):
-        return decoder.multi_scale_logits(cfg, encoders, model, picture, flip=flip)
-
-    torch.testing.assert_close(logits(image.flip(-1), True), logits(image, True).flip(-1), rtol=1e-4, atol=1e-4)
-    assert (logits(image.flip(-1), False) - logits(image, False).flip(-1)).abs().max() > 0.1
+    both, mirrored = (method.logits(picture) for picture in (image, image.flip(-1)))
+    torch.testing.assert_close(mirrored, both.flip(-1), rtol=1e-4, atol=1e-4)
+    assert (method.logits(image.flip(-1), flip=False) - method.logits(image, flip=False).flip(-1)).abs().max() > 0.1
 
 
 # --------------------------------------------------------------------------------------------------- scores of a split
@@ -219,7 +212,7 @@ def slow_iou(pairs, number):
     return inter / union
 
 
-def test_the_scores_are_those_of_a_slow_count_over_the_pngs(home, run, tmp_path, capsys):
+def test_the_scores_are_those_of_a_slow_count_over_the_pngs(home, method, tmp_path, capsys):
     """One confusion matrix over the whole split, not a mean over images; the mean is over background and classes."""
     own = home / "own"
     assert exit_status(home / "best.pt", "--data_path", own, "--output_dir", tmp_path) == 0
@@ -230,8 +223,7 @@ def test_the_scores_are_those_of_a_slow_count_over_the_pngs(home, run, tmp_path,
     names = ("background", *CLASSES)
     truths = [read(own / "masks" / f"{n}.png") for n in range(5)]
     images = [data.normalize(read(own / "images" / f"{n}.png")) for n in range(5)]
-    singles = [decoder.enlarge(decoder.multi_scale_logits(*run[1:], image, (1,), flip=False), image.shape[1:]).argmax(dim=0)
-               for image in images]
+    singles = [cam.enlarge(method.logits(image, (1,), flip=False), image.shape[1:]).argmax(dim=0) for image in images]
     made = {"multi-scale + flip": [read(tmp_path / "predictions" / f"{n}.png") for n in range(5)],
             "single scale": [labels.numpy() for labels in singles]}
     assert report["rungs"].keys() == made.keys()
@@ -258,6 +250,33 @@ def test_cams_leaves_the_maps_of_every_stage_and_scores_them(home, tmp_path):
             assert set(np.unique(labels).tolist()) <= allowed
         truths = [read(home / "own" / "masks" / f"{n}.png") for n in range(5)]
         assert report["rungs"][rung]["iou"]["bee"] == pytest.approx(slow_iou(list(zip(maps, truths)), 2))
+
+
+def test_with_labels_a_prediction_names_only_classes_that_the_picture_shows(home, method, tmp_path):
+    """The best of background and these, at every pixel, single scale and CRF too; a picture without a class is background."""
+    crf = ["--crf", "-j", "1"] if find_spec("pydensecrf") else []
+    options = ["--data-path", str(home / "own"), "--output-dir", str(tmp_path), "--with-labels"]
+    assert infer.main([str(home / "best.pt"), *options, *crf]) == 0
+    assert infer.main([str(home / "best.pt"), *options, "--output-dir", str(tmp_path / "plain")]) == 0
+    for number in range(5):
+        allowed = {0} if number == 4 else {0, 1, 1 + number % 3}
+        assert set(np.unique(read(tmp_path / "predictions" / f"{number}.png")).tolist()) <= allowed
+        image = data.normalize(read(home / "own" / "images" / f"{number}.png"))
+        logits = cam.enlarge(method.logits(image), image.shape[1:])
+        logits[[c for c in range(4) if c not in allowed]] = -torch.inf
+        np.testing.assert_array_equal(read(tmp_path / "plain" / "predictions" / f"{number}.png"), logits.argmax(dim=0).numpy())
+    assert json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["with_labels"]
+
+
+def test_predictions_keep_the_sub_folders_of_their_pictures(home, tmp_path):
+    """ant/1.png and bee/1.png are two pictures, and `05_train.py --masks` finds their masks by these names."""
+    for seed, name in enumerate(CLASSES):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        Image.fromarray(noise_picture(seed, 20, 20)).save(tmp_path / "own" / name / "1.png")
+    options = ["--data-path", str(tmp_path / "own"), "--split", "train", "--output-dir", str(tmp_path / "out"), "--cams"]
+    assert infer.main([str(home / "best.pt"), *options]) == 0
+    for folder in ("predictions", "CAM", "refined", "pseudo_label"):
+        assert sorted(path.parent.name for path in (tmp_path / "out" / folder).glob("*/1.png")) == list(CLASSES)
 
 
 def test_a_split_with_a_broken_picture_is_finished_and_says_so(home, tmp_path, capsys):
@@ -339,10 +358,11 @@ def test_an_incomplete_submission_is_not_written(home, voc, tmp_path, capsys):
     assert not (tmp_path / "s.tgz").exists() and (tmp_path / "out" / "predictions" / f"{names[0]}.png").exists()
 
 
-def test_without_labels_there_are_no_cams(home, voc):
+@pytest.mark.parametrize("option", ["--cams", "--with-labels"])
+def test_a_split_without_labels_is_refused_where_they_are_needed(home, voc, option):
     root, _ = voc
     with pytest.raises(data.DataError, match="test has no image-level labels"):
-        infer.main([str(home / "voc.pt"), "--data-path", str(root), "--split", "test", "--cams"])
+        infer.main([str(home / "voc.pt"), "--data-path", str(root), "--split", "test", option])
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -360,6 +380,7 @@ def test_data_of_other_classes_is_refused_and_both_lists_are_named(home, tmp_pat
     (["best.pt"], "--data-path FOLDER"),
     (["best.pt", "--data-path", "own", "--split", "train"], "no pictures in train"),
     (["best.pt", "a.png", "--cams"], "image-level labels"),
+    (["best.pt", "a.png", "--with-labels"], "image-level labels"),
     (["best.pt", "a.png", "--submit", "x.tgz"], "image-level labels"),
     (["best.pt", "--data-path", "own", "--submit", "x.tgz"], "VOC's server"),
     (["best.pt", "."], "no pictures in there"),
@@ -401,7 +422,7 @@ def test_without_its_package_crf_says_how_to_get_it(home, monkeypatch):
 def test_likely_classes_keeps_what_is_probable_somewhere():
     """Class 1 is probable in one pixel only, class 3 nowhere; the logits' common offset does not matter."""
     probs = torch.tensor([[[0.985, 0.5]], [[0.001, 0.485]], [[0.011, 0.011]], [[0.003, 0.004]]])
-    ids, kept = infer.likely_classes(probs.log() + 5, floor=0.01)
+    ids, kept = cam.likely_classes(probs.log() + 5, floor=0.01)
     assert ids.tolist() == [0, 1, 2]
     np.testing.assert_allclose(kept, probs[:3].numpy(), rtol=1e-5)
 
@@ -410,13 +431,13 @@ def test_the_best_class_is_kept_even_if_it_is_improbable():
     """With 200 classes alike, none reaches one percent."""
     logits = torch.zeros(200, 1, 2)
     logits[7, 0, 1] = 0.1
-    assert infer.likely_classes(logits)[0].tolist() == [0, 7]
+    assert cam.likely_classes(logits)[0].tolist() == [0, 7]
 
 
 def test_crf_gives_the_numbers_of_the_released_code():
     pytest.importorskip("pydensecrf", reason="`pip install pydensecrf2` to test --crf too")
     arrays, _ = golden.load_case("p2_units")
-    np.testing.assert_allclose(infer.crf(arrays["par_image_u8"], arrays["crf_prob"]), arrays["crf_out"], atol=1e-5)
+    np.testing.assert_allclose(cam.crf(arrays["par_image_u8"], arrays["crf_prob"]), arrays["crf_out"], atol=1e-5)
 
 
 def test_crf_moves_the_border_to_the_edge_of_the_picture(home, tmp_path):
@@ -426,14 +447,14 @@ def test_crf_moves_the_border_to_the_edge_of_the_picture(home, tmp_path):
     image[:, 20:] = 255
     logits = torch.zeros(5, 30, 40)
     logits[0, :, :23], logits[3, :, 23:], logits[1], logits[4] = 2, 2, -9, -9
-    ids, probs = infer.likely_classes(logits)
+    ids, probs = cam.likely_classes(logits)
     assert ids.tolist() == [0, 2, 3]
-    labels = infer.crf_labels(image, ids, probs)
+    labels = cam.crf_labels(image, ids, probs)
     assert labels.dtype == np.uint8
     np.testing.assert_array_equal(labels, np.where(np.arange(40) < 20, 0, 3)[None].repeat(30, axis=0))
 
 
-def test_crf_in_worker_processes_is_the_crf_of_one_process(home, run, tmp_path):
+def test_crf_in_worker_processes_is_the_crf_of_one_process(home, method, tmp_path):
     """Results come late but in order, more pictures than workers can hold; the scores have one more rung."""
     pytest.importorskip("pydensecrf", reason="`pip install pydensecrf2` to test --crf too")
     own = home / "own"
@@ -443,6 +464,6 @@ def test_crf_in_worker_processes_is_the_crf_of_one_process(home, run, tmp_path):
     assert list(report["rungs"]) == ["single scale", "multi-scale + flip", "multi-scale + flip + CRF"]
     for number in range(5):
         image = read(own / "images" / f"{number}.png")
-        logits = decoder.enlarge(decoder.multi_scale_logits(*run[1:], data.normalize(image)), image.shape[:2])
-        expected = infer.crf(image, logits.softmax(dim=0).numpy()).argmax(axis=0)
+        logits = cam.enlarge(method.logits(data.normalize(image)), image.shape[:2])
+        expected = cam.crf(image, logits.softmax(dim=0).numpy()).argmax(axis=0)
         assert (read(tmp_path / "predictions" / f"{number}.png") == expected).mean() > 0.999

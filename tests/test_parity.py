@@ -1,7 +1,7 @@
 """Is this the method of the papers? The authors' published code and ours, same weights, same images, tensor by tensor.
 
 `golden.py` says where the numbers come from. Everything is plain float32, from the image to the parameters after five
-training steps, through the public functions of 01 to 06; nothing is handed from the reference to ours in between, so
+training steps, through the stages of the method objects and the functions of 01 to 05; nothing is handed from the reference to ours in between, so
 errors may add up. Two sources of numbers: the golden files (all arrays; skipped where the folder is missing) and
 figures.json (the norm and some entries of each array of two of them), which comes with the project.
 
@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +20,6 @@ import clip
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # pytest has conftest.py for that
 import golden
@@ -29,7 +29,6 @@ backbone = import_module("02_backbone")
 cam = import_module("03_cam")
 decoder = import_module("04_decoder")
 train = import_module("05_train")
-infer = import_module("06_infer")
 
 CASES = ["p1_tiny_160", "p1_tiny_128x176", "p3_tinyplus_160", "p3_tinyplus_reg_128x176", *golden.FIGURE_CASES]
 
@@ -69,35 +68,31 @@ def reference_pairs(info):
 
 
 class Case:
-    """The frozen part of one golden case: models with the recipe's weights, images, labels, numbers of its row."""
+    """One golden case: the method with the recipe's weights, images, what it sees of them. Dropout is off, as in the reference."""
 
     def __init__(self, info, images_u8):
         self.info = info
         self.dataset = "coco" if "COCO" in info["method"] else "voc"
         self.names = data.dataset_info(self.dataset)
-        tower = clip_tower(json.dumps({"clip": info["clip"]}))
-        dino = None
+        self.frozen = {"clip": clip_tower(json.dumps({"clip": info["clip"]}))}
+        self.kind = decoder.WeCLIP
         if "dino" in info:
             dino = backbone.dino_from_state_dict(golden.case_dino(info), heads=info["dino"]["heads"])
-            dino.eval().requires_grad_(False)
-        self.texts = texts(tower, self.names)
-        self.encoders = backbone.Encoders(tower, dino, self.texts["text_fg"], self.texts["text_bg"])
-        self.cfg = decoder.config_for("weclip+" if dino else "weclip", self.dataset, tower, dino)
+            self.frozen["dino"], self.kind = dino.eval().requires_grad_(False), decoder.WeCLIPPlus
         self.images = torch.stack([data.normalize(image) for image in images_u8])
         self.pairs = reference_pairs(info)
-        self.seen = backbone.look(self.encoders, self.images, num_maps=12)
+        self.method = self.fresh()
+        most = self.method.cfg.static_maps, self.method.cfg.dynamic_maps
+        self.method.cfg = replace(self.method.cfg, static_maps=12)  # so that `look` makes all maps, which are compared too
+        self.seen = self.method.look(self.images, for_labels=True)
+        self.method.cfg = replace(self.method.cfg, static_maps=most[0])
 
-    def trained_part(self):
-        model = decoder.build_model(self.cfg, self.names.num_classes, self.encoders.clip, self.encoders.dino)
-        model.load_state_dict(golden.case_head(self.info, self.names.num_classes))
-        return model.eval()  # the reference ran with dropout off
-
-    def predict(self, model):
-        return model(self.seen.tokens, self.seen.grid, self.seen.dino_map)
-
-    def label(self, prediction, size, dynamic):
-        return decoder.label_images(self.cfg, self.encoders, self.images, self.seen, prediction, self.pairs, size,
-                                    dynamic)
+    def fresh(self):
+        """The method with the recipe's weights of the trained part."""
+        cfg = self.kind.suited(self.kind.rows[self.dataset], self.frozen)
+        method = self.kind(cfg, self.names, self.frozen, golden.case_head(self.info, self.names.num_classes))
+        method.model.eval()
+        return method
 
 
 def texts(tower, names):
@@ -110,50 +105,44 @@ def texts(tower, names):
 
 def encoders(case):
     out = {"block_tokens": torch.stack(case.seen.tokens)}
-    if case.encoders.dino is not None:
+    if "dino" in case.frozen:
         kept = []
-        hook = case.encoders.dino.norm.register_forward_hook(lambda _, args, tokens: kept.append(tokens))
-        out["dino_tokens"] = backbone.dino_features(case.encoders.dino, case.images).flatten(2).mT
+        hook = case.frozen["dino"].norm.register_forward_hook(lambda _, args, tokens: kept.append(tokens))
+        out["dino_tokens"] = backbone.dino_features(case.frozen["dino"], case.images).flatten(2).mT
         hook.remove()
         out["dino_cls"] = kept[0][:, 0]
     return out
 
 
 def cams(case):
-    scale = case.encoders.clip.logit_scale.exp() / case.cfg.logit_scale_divisor
-    raw, probs, last_map = cam.grad_cam(case.encoders.clip, case.seen.tokens[case.cfg.cam_input], case.encoders.text_fg,
-                                        case.encoders.text_bg, case.pairs, case.seen.grid, scale)
-    normalized = cam.normalize_cams(raw)
+    method, cfg, seen = case.method, case.method.cfg, case.seen
+    raw, probs, _ = cam.grad_cam(method.clip, seen.tokens[-1 - cfg.cam_skip], method.text_fg, method.text_bg, case.pairs,
+                                 seen.grid, method.clip.logit_scale.exp() / cfg.logit_scale_divisor)
+    normalized, maps = method.cams(seen, None, case.pairs)
     # The reference lists the boxes of WeCLIP+ on VOC, too, where it does not use them.
     out = {"cam_index": case.pairs, "cam_raw": raw, "cam": normalized,
-           "box_mask": cam.box_masks(normalized, case.cfg.box_fraction or 0.4)}
+           "box_mask": cam.box_masks(normalized, cfg.box_fraction or 0.4), "block_attn": maps.transpose(0, 1)}
     for i in range(len(case.images)):
         shown = case.pairs[case.pairs[:, 0] == i, 1].tolist()
-        out[f"probs_img{i}"] = probs[i, shown + list(range(len(case.encoders.text_fg), probs.shape[1]))]
-    out["block_attn"] = torch.cat([case.seen.maps, last_map[:, None]], dim=1).transpose(0, 1)
+        out[f"probs_img{i}"] = probs[i, shown + list(range(len(method.text_fg), probs.shape[1]))]
     return out
 
 
-def decoded(case, model):
-    prediction = case.predict(model)
-    out = {"fused": model.fuse_clip(case.seen.tokens, case.seen.grid),
-           "attn_pred": decoder.learned_affinity(prediction.fused)}
-    if case.seen.dino_map is None:
+def decoded(case, prediction):
+    model, dino_map = case.method.model, getattr(case.seen, "dino_map", None)
+    out = {"fused": model.fuse_clip(case.seen), "attn_pred": case.method.learned(prediction)}
+    if dino_map is None:
         return out | {"seg_logits": prediction.logits}
-    dino_map = case.seen.dino_map
     out["fused_dino"] = model.dino_decoder_fts_fuse([dino_map.flatten(2).mT], dino_map.shape[-2:])
-    out["seg_clip"], out["seg_dino"] = prediction.branches
-    return out | {"seg_mean": prediction.logits, "seg_prob_mean": prediction.logits.softmax(1)}
+    return out | {"seg_clip": prediction.of_clip, "seg_dino": prediction.of_dino, "seg_mean": prediction.logits,
+                  "seg_prob_mean": prediction.logits.softmax(1)}
 
 
-def refined(case, prediction, maps, prefix, size, dynamic):
-    """Affinity to pseudo label, in one mode."""
-    _, rungs = case.label(prediction, size, dynamic)
-    learned = decoder.learned_affinity(prediction.fused)
-    affinity = (decoder.dynamic_affinity(maps, case.cfg.dynamic_maps, learned) if dynamic
-                else decoder.static_affinity(maps, case.cfg.static_maps))
-    out = {"aff_in": affinity, "trans": rungs.transition, "cam_refined": rungs.spread, "cam_up": rungs.maps,
-           "label": rungs.labels}
+def refined(case, prediction, maps, prefix, size, step):
+    """Affinity to pseudo label. step: 0 is before the switch to the dynamic affinity, None is scoring."""
+    rungs = case.method.pseudo_labels(case.images, case.pairs, case.seen, prediction, size, step)
+    out = {"aff_in": case.method.affinity(maps, prediction, step), "trans": rungs.transition, "cam_refined": rungs.flow,
+           "cam_up": rungs.maps, "label": rungs.labels}
     for i in range(len(case.images)):
         out[f"par_img{i}"] = rungs.scores[i, :1 + (case.pairs[:, 0] == i).sum()]
     return {f"{prefix}_{key}": value for key, value in out.items()}
@@ -164,16 +153,15 @@ def trained(model):
     return dict(sorted(model.named_parameters(), key=lambda item: item[0].startswith("decoder.")))
 
 
-def losses_and_gradients(case, model, labels, prefix, step):
-    prediction = case.predict(model)
-    learned = decoder.learned_affinity(prediction.fused)
-    losses = decoder.losses(case.cfg, prediction, learned, labels, step)
-    model.zero_grad()
+def losses_and_gradients(case, labels, prefix, step):
+    method = case.method
+    losses = method.losses(method.model(case.seen), labels, step)
+    method.model.zero_grad()
     losses["total"].backward()
-    target = decoder.affinity_label(labels, case.seen.grid, case.cfg.affinity_radius)
+    target = decoder.affinity_label(labels, case.seen.grid, method.cfg.affinity_radius)
     out = {("total" if key == "total" else f"{key}_loss"): value for key, value in losses.items()}
     out |= {"aff_label": target, "aff_counts": torch.stack([(target == 1).sum() + 1, (target == 0).sum() + 1])}
-    gradients = {name: p.grad.double().numpy() for name, p in trained(model).items()}
+    gradients = {name: p.grad.double().numpy() for name, p in trained(method.model).items()}
     out |= {"grad_names": list(gradients), "grad_l2": [np.linalg.norm(g) for g in gradients.values()],
             "grad_dot": [(g * golden.check_vector(name, g.shape)).sum() for name, g in gradients.items()]}
     return {f"{prefix}_{key}": value for key, value in out.items()}
@@ -181,14 +169,15 @@ def losses_and_gradients(case, model, labels, prefix, step):
 
 def five_steps(case):
     """Our training step, five times on the one batch, from the recipe's weights with the released schedule."""
-    training, model = case.info["training"], case.trained_part()
-    assert case.cfg.lr == pytest.approx(training["head_lr"]) and case.cfg.max_iters == training["max_iter"]
-    optimizer, rows = train.make_optimizer(model, case.cfg.lr), defaultdict(list)
+    training, method = case.info["training"], case.fresh()
+    model, cfg = method.model, method.cfg
+    assert cfg.lr == pytest.approx(training["head_lr"]) and cfg.max_iters == training["max_iter"]
+    optimizer, rows = train.make_optimizer(model, cfg.lr, cfg.weight_decay), defaultdict(list)
     start = {name: p.detach().clone() for name, p in trained(model).items()}
     labels = torch.zeros(len(case.images), case.names.num_classes - 1)
     labels[tuple(case.pairs.T)] = 1
     for step in range(training["iterations"]):
-        losses = train.train_step(case.cfg, case.encoders, model, optimizer, case.images, labels, step)
+        losses = train.train_step(method, optimizer, case.images, labels, step)
         for key, value in losses.items():
             rows["total" if key == "total" else f"{key}_loss"].append(value)
         rows["lr"].append(optimizer.param_groups[0]["lr"])
@@ -200,36 +189,37 @@ def five_steps(case):
         rows["final_l2"].append(p.detach().double().norm())
         rows["delta_l2"].append(np.linalg.norm(delta))
         rows["delta_dot"].append((delta * golden.check_vector(name, p.shape)).sum())
-    rows["seg_after"] = case.predict(model).logits
+    rows["seg_after"] = model(case.seen).logits
     return {f"train_{key}": value for key, value in rows.items()}
 
 
 def compute(info, images_u8):
     """Every quantity of a golden file from our functions, under the golden names, as arrays."""
     case = Case(info, images_u8)
-    model, crop = case.trained_part(), case.images.shape[-2:]
-    out = case.texts | encoders(case) | cams(case) | decoded(case, model)
-    prediction = case.predict(model)
+    method, crop = case.method, case.images.shape[-2:]
+    prediction = method.model(case.seen)
+    out = texts(method.clip, case.names) | encoders(case) | cams(case) | decoded(case, prediction)
+    assert torch.equal(method.text_fg, out["text_fg"]) and torch.equal(method.text_bg, out["text_bg"])
     maps = torch.as_tensor(out["block_attn"]).transpose(0, 1)
-    mass = maps[:, -case.cfg.dynamic_maps:, 1:, 1:].double().sum(dim=(2, 3))
+    mass = maps[:, -method.cfg.dynamic_maps:, 1:, 1:].double().sum(dim=(2, 3))
     out["dynamic_margin"] = mass.mean(1, keepdim=True) - mass  # of sum(learned - map); the sum of `learned` cancels
-    if case.cfg.method == "weclip":
-        for prefix, dynamic in (("static", False), ("dynamic", True)):
-            out |= refined(case, prediction, maps, prefix, crop, dynamic)
-            out |= losses_and_gradients(case, model, out[f"{prefix}_label"], prefix, step=0)
+    if case.kind is decoder.WeCLIP:
+        for prefix, step in (("static", 0), ("dynamic", method.cfg.dynamic_from)):
+            out |= refined(case, prediction, maps, prefix, crop, step)
+            out |= losses_and_gradients(case, out[f"{prefix}_label"], prefix, step)
     else:
-        out |= refined(case, prediction, maps, "cams", crop, dynamic=True)
+        out |= refined(case, prediction, maps, "cams", crop, step=0)
         out["early_label"] = out["cams_label"]
-        late = case.cfg.self_label_after + 1
-        out |= losses_and_gradients(case, model, out["early_label"], "early", step=0)
-        out |= losses_and_gradients(case, model, out["early_label"], "late", step=late)
-        logits = [F.interpolate(x, size=crop, mode="bilinear") for x in (*prediction.branches, prediction.logits)]
-        out["late_label"] = decoder.self_labels(out["early_label"], logits[2], case.cfg.self_label_above)
+        late = method.cfg.self_label_after + 1
+        out |= losses_and_gradients(case, out["early_label"], "early", step=0)
+        out |= losses_and_gradients(case, out["early_label"], "late", step=late)
+        logits = [cam.enlarge(x, crop) for x in (prediction.of_clip, prediction.of_dino, prediction.logits)]
+        out["late_label"] = decoder.self_labels(out["early_label"], logits[2], method.cfg.self_label_above)
         out |= {f"pred_label_{n}": x.argmax(1) for n, x in zip(("clip", "dino", "mean"), logits)}
         out["pred_max"] = logits[2].softmax(1).amax(1)
     if "original_image_size_hw_for_validation_mode" in info["input"]:
         size = info["input"]["original_image_size_hw_for_validation_mode"]
-        out |= refined(case, prediction, maps, "val", size, dynamic=True)
+        out |= refined(case, prediction, maps, "val", size, step=None)
     return {key: as_array(value) for key, value in (out | five_steps(case)).items()}
 
 
@@ -391,9 +381,9 @@ def units():
     out = {}
     masks = t["par_masks"][None]
     image, small = (data.normalize(a[key])[None] for key in ("par_image_u8", "par_small_image_u8"))
-    out |= {"par_out_1": decoder.par(image, masks, iterations=1)[0], "par_out_20": decoder.par(image, masks)[0],
-            "par_out_small_image": decoder.par(small, masks)[0]}
-    out["trans_out"] = decoder.transition_matrix(t["trans_in"][None])[0]
+    out |= {"par_out_1": cam.par(image, masks, iterations=1)[0], "par_out_20": cam.par(image, masks)[0],
+            "par_out_small_image": cam.par(small, masks)[0]}
+    out["trans_out"] = cam.transition_matrix(t["trans_in"][None])[0]
     for percent in (40, 70):
         out[f"box_{percent}_masks"] = cam.box_masks(t["box_maps"], percent / 100)
         out |= {f"box_{percent}_boxes_{i}": mask for i, mask in enumerate(out[f"box_{percent}_masks"])}
@@ -467,7 +457,7 @@ def test_the_crf_gives_the_same():
     """10 iterations, Gaussian sxy 3 weight 3, bilateral sxy 64 srgb 5 weight 4, on the image's bytes."""
     pytest.importorskip("pydensecrf.densecrf", reason="pip install pydensecrf2 to compare the dense CRF")
     arrays, _ = golden.load_case("p2_units")
-    assert error("crf_out", infer.crf(arrays["par_image_u8"], arrays["crf_prob"]), arrays["crf_out"]) <= 1e-4
+    assert error("crf_out", cam.crf(arrays["par_image_u8"], arrays["crf_prob"]), arrays["crf_out"]) <= 1e-4
 
 
 @pytest.mark.parametrize("missing", ["nofg", "nobg"])

@@ -213,12 +213,12 @@ def test_killed_while_it_saves_last_pt_is_the_old_one_and_whole(world, whole, st
 
 def ask_for_a_stop_in_an_evaluation():
     """SIGTERM while the first picture of an evaluation is looked at."""
-    ladder = decoder.ladder
+    ladder = decoder.WeCLIP.ladder
 
     def asks(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return ladder(*args)
-    decoder.ladder = asks
+    decoder.WeCLIP.ladder = asks
 
 
 def test_sigterm_and_ctrl_c_save_and_say_how_to_go_on(world, whole, start, tmp_path):
@@ -288,8 +288,8 @@ def test_torchrun_told_to_stop_saves_on_all_ranks(world, tmp_path):
 
 def poison():
     """From the fourth step on the loss is not a number."""
-    losses = decoder.losses
-    decoder.losses = lambda *a: {name: loss * (float("nan") if a[-1] >= 3 else 1) for name, loss in losses(*a).items()}
+    losses = decoder.WeCLIPPlus.losses
+    decoder.WeCLIPPlus.losses = lambda *a: {name: loss * (float("nan") if a[-1] >= 3 else 1) for name, loss in losses(*a).items()}
 
 
 def test_a_loss_that_is_not_finite_stops_all_processes_and_names_their_images(world, start, tmp_path):
@@ -308,9 +308,9 @@ def test_a_loss_that_is_not_finite_stops_all_processes_and_names_their_images(wo
 
 def test_weights_that_are_not_finite_are_never_saved(world, tmp_path, monkeypatch):
     """A gradient may overflow under a finite loss; the next checkpoint must not replace the last good one."""
-    def broken_step(cfg, encoders, model, *_):
-        next(model.parameters()).data[:] = float("inf")
-        return {"total": 1.0}
+    def broken_step(method, *_):
+        next(method.model.parameters()).data[:] = float("inf")
+        return dict.fromkeys(("seg", "aff", "mutual_clip", "mutual_dino", "dice", "total"), 1.0)
     train.main(arguments(world, tmp_path, "--max-iters", 1))
     before = (tmp_path / "last.pt").read_bytes()
     monkeypatch.setattr(train, "train_step", broken_step)
@@ -370,14 +370,14 @@ def test_no_worker_outlives_a_training_that_is_killed(world, start, tmp_path, tr
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_evaluation_counts_each_image_once_for_any_number_of_processes(world, whole, world_size, monkeypatch):
     """4 pictures among 2, 3 and 5 processes: the sum of their confusion matrices is that of one."""
-    info, cfg, encoders, model = decoder.restore(read(whole), "last.pt", None, None, "cpu")
-    dataset = data.EvalDataset(data.list_samples(info, world, "val"), info.num_classes)
+    method = decoder.restore(read(whole), "last.pt", {}, "cpu")
+    dataset = data.EvalDataset(data.list_samples(method.info, world, "val"), method.info.num_classes)
 
     def matrices(rank, size):
         found = []
         monkeypatch.setattr(train, "rank_and_world", lambda: (rank, size))
         monkeypatch.setattr(train, "sum_over_processes", lambda x: found.append(x) or x)
-        train.evaluate(cfg, encoders, model, dataset, torch.device("cpu"), info.num_classes)
+        train.evaluate(method, dataset)
         return torch.stack(found)
 
     shares = [matrices(rank, world_size) for rank in range(world_size)]
@@ -413,14 +413,14 @@ def test_a_full_disk_leaves_the_old_files_whole_and_says_so(world, tmp_path, sma
 
 def test_a_full_disk_at_a_line_of_the_log_names_the_log(tmp_path, small_disk):
     """The first thing to fail may be the smallest one: of "10,0.123456" there is room for "1", which is no step 1."""
-    log = train.Log(tmp_path / "log.csv", ("step", "total"), 0)
-    small_disk((tmp_path / "log.csv").stat().st_size + 2 * len("8,0.123456\r\n") + 1)
+    log = train.Log(tmp_path / "log.csv", 0)
+    small_disk(len("step,total\r\n") + 2 * len("8,0.123456\r\n") + 1)
     with pytest.raises(data.DataError, match="log.csv could not be written"):
         for step in (8, 9, 10):
             log.write(step=step, total=0.123456)
     small_disk(resource.RLIM_INFINITY)
     assert (tmp_path / "log.csv").read_text().endswith("\n1")
-    train.Log(tmp_path / "log.csv", ("step", "total"), 9).write(step=10, total=7)
+    train.Log(tmp_path / "log.csv", 9).write(step=10, total=7)
     with open(tmp_path / "log.csv") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["8", "9", "10"]
 
@@ -449,14 +449,14 @@ def other_weights(world, tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--method", "weclip"], r"method is weclip\+, this run has weclip;"),
+    (["--method", "weclip"], r"method is weclip\+, this run has weclip"),
     (["--background", "sky"], r"background is \[.*'grass'.*\], this run has \['sky'\]"),
     (["--clip", "clip2.pt"], r"clip is .*clip.pt.*, this run has .*clip2.pt"),
     (["--dino", "dino2.pth"], r"dino is .*dino.pth.*, this run has .*dino2.pth"),
     (["--split", "val"], r"split is train, this run has val; samples is 8 images.*, this run has 4 images"),
     (["--crop-size", "32"], "crop_size is 64, this run has 32"), (["-b", "4"], "batch_size is 2, this run has 4"),
     (["--lr", "0.1"], "lr is 0.002, this run has 0.1"), (["--seed", "1"], "seed is 0, this run has 1"),
-    (["--supervised"], "supervised is False, this run has True"), (["--amp"], "amp is False, this run has True")])
+    (["--masks", "truth"], "masks is None, this run has truth"), (["--amp"], "amp is False, this run has True")])
 def test_a_run_is_not_continued_with_other_settings(world, one_step, tmp_path, monkeypatch, options, message):
     """It would go on as neither the one nor the other; both sides are named."""
     monkeypatch.chdir(tmp_path)
@@ -511,11 +511,20 @@ def test_numbers_that_do_not_go_together_are_refused(world, tmp_path, options, m
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("options", [["-b", "0"], ["--max-iters", "0"], ["--eval-every", "-1"], ["--print-freq", "0"],
-                                     ["--lr", "nan"], ["--lr", "0"], ["--seed", "-1"], ["-j", "-1"], ["-j", "many"]])
+@pytest.mark.parametrize("options", [["-b", "0"], ["--max-iters", "few"], ["--print-freq", "0"], ["--seed", "-1"], ["-j", "-1"], ["-j", "many"]])
 def test_numbers_that_make_no_sense_are_refused(options):
     with pytest.raises(SystemExit):
         train.parse_args(["shapes", *options])
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--max-iters", "0"], "--max-iters 0: wanted a number above 0"), (["--eval-every", "-1"], "--eval-every -1: wanted"),
+    (["--lr", "nan"], "--lr nan: wanted"), (["--lr", "0"], "--lr 0.0: wanted"), (["--scales", "1", "-1"], "--scales -1.0: wanted"),
+    (["--box-fraction", "-0.5"], "--box-fraction -0.5: wanted a number that is not negative")])
+def test_numbers_of_a_row_that_make_no_sense_are_named(world, tmp_path, options, message):
+    with pytest.raises(data.DataError, match=message):
+        train.main(arguments(world, tmp_path / "run", *options))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mask_with_a_foreign_number_stops_the_run_that_meets_it_and_no_step_is_lost(world, tmp_path):
@@ -578,14 +587,14 @@ def test_mutated_checkpoints_are_refused_or_read_right(tmp_path):
 
 @pytest.mark.parametrize("change", [
     lambda c: c["config"].update(unheard_of=1), lambda c: c["model"].clear(),
-    lambda c: c["model"].update({"decoder.linear_pred.bias": torch.zeros(2)}), lambda c: c["clip"].clear(),
-    lambda c: c["config"].update(depth="deep"), lambda c: c["classes"].append("dog")])
+    lambda c: c["model"].update({"decoder.linear_pred.bias": torch.zeros(2)}), lambda c: c["frozen"].clear(),
+    lambda c: c["frozen"]["clip"].clear(), lambda c: c["config"].update(depth="deep"), lambda c: c["classes"].append("dog")])
 def test_a_checkpoint_that_contradicts_itself_is_refused(world, one_step, change):
     """Nothing that torch says of it reaches the user as a traceback."""
     checkpoint = read(one_step)
     change(checkpoint)
     with pytest.raises(data.DataError):
-        decoder.restore(checkpoint, "last.pt", str(world / "clip.pt"), str(world / "dino.pth"), "cpu")
+        decoder.restore(checkpoint, "last.pt", {"clip": str(world / "clip.pt"), "dino": str(world / "dino.pth")}, "cpu")
 
 
 def test_a_checkpoint_of_a_shorter_form_cannot_be_resumed(world, one_step, tmp_path):
@@ -595,6 +604,15 @@ def test_a_checkpoint_of_a_shorter_form_cannot_be_resumed(world, one_step, tmp_p
     torch.save(checkpoint, tmp_path / "last.pt")
     with pytest.raises(data.DataError, match="last.pt: does not fit this run"):
         train.main(arguments(world, tmp_path, "--max-iters", 2, "--resume"))
+
+
+def test_a_checkpoint_of_before_is_refused_in_one_sentence(one_step, tmp_path):
+    """It named its backbones as `clip` and `dino` and its numbers otherwise."""
+    checkpoint = read(one_step)
+    checkpoint |= checkpoint.pop("frozen")
+    torch.save(checkpoint, tmp_path / "old.pt")
+    with pytest.raises(data.DataError, match="old.pt: made by an earlier version of this project; use it with that version, or"):
+        infer.main([str(tmp_path / "old.pt"), "x.png"])
 
 
 def test_a_training_on_odd_pictures_works(tmp_path, world):

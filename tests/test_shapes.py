@@ -1,4 +1,5 @@
 """Does the toy world mean something? The shipped encoders on pictures that they have not seen, drawn with another seed."""
+import re
 from importlib import import_module
 
 import numpy as np
@@ -11,6 +12,7 @@ data = import_module("01_data")
 backbone = import_module("02_backbone")
 cam = import_module("03_cam")
 decoder = import_module("04_decoder")
+draw = import_module("shapes.draw")
 
 INFO = data.DATASETS["shapes"]
 
@@ -18,35 +20,29 @@ INFO = data.DATASETS["shapes"]
 @pytest.fixture(scope="module")
 def scenes():
     """Forty pictures (H, W, 3) and masks (H, W) of a seed that neither the data set nor the encoders have."""
-    return [data.scene(12_345, i) for i in range(40)]
+    return [draw.scene(12_345, i) for i in range(40)]
 
 
 def test_the_shipped_files_are_in_the_official_layouts():
     """OpenAI's build_model and Meta's keys: the code that reads them is the code that reads the real ones."""
-    encoders = backbone.load_encoders("shapes", "shapes", INFO)
-    assert type(encoders.clip) is backbone.clip.model.CLIP and encoders.clip.vocab_size == 49_408
-    assert {"cls_token", "mask_token", "blocks.0.ls1.gamma"} <= encoders.dino.state_dict().keys()
+    model, dino = backbone.load_clip("shapes"), backbone.load_dino("shapes")
+    assert type(model) is backbone.clip.model.CLIP and model.vocab_size == 49_408
+    assert {"cls_token", "mask_token", "blocks.0.ls1.gamma"} <= dino.state_dict().keys()
     assert all((backbone.SHAPES_DIR / name).stat().st_size < 4_000_000 for name in ("clip.pt", "dino.pth"))
 
 
 def test_each_refinement_lifts_the_cams(scenes):
     """raw CAM < affinity < PAR, and at least five points from the first to the last: mIoU with the image-level labels."""
-    encoders = backbone.load_encoders("shapes", None, INFO)
-    cfg = decoder.config_for("weclip", "shapes", encoders.clip, None)
-    model = decoder.build_model(cfg, INFO.num_classes, encoders.clip, None).eval()  # untrained: the static affinity needs none
-    matrices = dict.fromkeys(("raw", "refined", "label"), 0)
+    method, matrices = decoder.new_method("weclip", INFO, {}, "cpu"), {}
     for image, mask in scenes:
-        pixels = data.normalize(image)[None]
+        images = method.network_image(data.normalize(image))
         pairs = torch.tensor([(0, c) for c in data.mask_labels(mask)])
-        seen = backbone.look(encoders, pixels, decoder.maps_needed(cfg, dynamic=False))
-        with torch.no_grad():
-            prediction = model(seen.tokens, seen.grid)
-        cams, refined = decoder.label_images(cfg, encoders, pixels, seen, prediction, pairs, mask.shape, dynamic=False)
-        upsampled = F.interpolate(cams[:, None], size=mask.shape, mode="bilinear", align_corners=False)[:, 0]
-        labels = {"raw": decoder.best_label(*decoder.stack_scores(upsampled, pairs, 1)),
-                  "refined": decoder.best_label(*decoder.stack_scores(refined.maps, pairs, 1)), "label": refined.labels}
+        found = method.pseudo_labels(images, pairs, method.look(images, for_labels=True), None, mask.shape)
+        maps = {"raw": cam.enlarge(found.cams, mask.shape), "refined": found.maps}
+        labels = {rung: cam.best_label(*cam.stack_scores(x, pairs, 1)) for rung, x in maps.items()} | {"label": found.labels}
         for rung, label in labels.items():
-            matrices[rung] = matrices[rung] + data.confusion_matrix(torch.from_numpy(mask), label[0], INFO.num_classes)
+            matrix = data.confusion_matrix(torch.from_numpy(mask), label[0], INFO.num_classes)
+            matrices[rung] = matrices.get(rung, 0) + matrix
     miou = {rung: 100 * data.scores(matrix)["miou"] for rung, matrix in matrices.items()}
     assert miou["raw"] < miou["refined"] < miou["label"] and miou["label"] - miou["raw"] >= 5, miou
 
@@ -58,23 +54,21 @@ def test_colour_alone_does_not_tell_the_classes(scenes):
 
     counts = np.zeros((512, INFO.num_classes))
     for i in range(200):
-        image, mask = data.scene(54_321, i)
+        image, mask = draw.scene(54_321, i)
         np.add.at(counts, (bins(image), mask.ravel()), 1)
     matrix = sum(data.confusion_matrix(torch.from_numpy(mask.ravel()), torch.from_numpy(counts.argmax(1)[bins(image)]),
                                        INFO.num_classes) for image, mask in scenes)
     assert data.scores(matrix)["miou"] < 0.15
 
 
-@pytest.mark.parametrize(("module", "kind"), [(backbone, "look"), (cam, "cam"), (decoder, "ladder")])
-def test_run_alone_each_file_leaves_a_picture(tmp_path, monkeypatch, capsys, module, kind):
+@pytest.mark.parametrize(("module", "kind"), [(backbone, "look"), (cam, "cam")])
+def test_run_alone_the_file_leaves_a_picture(tmp_path, monkeypatch, capsys, module, kind):
     """Without arguments of one's own: a picture of `shapes`; with a photo and words: that one, whatever its size and mode."""
     data.make_shapes(tmp_path / "shapes", n_train=1, n_val=2)
     monkeypatch.setattr(data, "find_root", lambda *_: tmp_path / "shapes")
     assert module.main(["--out", str(tmp_path)]) == 0
     Image.fromarray(scene_of_one_figure()).convert("L").resize((150, 97)).save(tmp_path / "my photo ü.png")
-    words = [] if module is backbone else ["--classes", "cat", "sofa"]
-    toys = ["--clip", "shapes"] + ([] if module is cam else ["--dino", "shapes"])
-    photo = [str(tmp_path / "my photo ü.png"), *words, *toys]
+    photo = [str(tmp_path / "my photo ü.png"), "--classes", "cat", "sofa", "--clip", "shapes", "--dino", "shapes"]
     assert module.main(photo) == module.main([*photo, "--output-dir", str(tmp_path / "new" / "folder")]) == 0
     printed = capsys.readouterr().out
     made = [*tmp_path.glob(f"*_{kind}.png"), *(tmp_path / folder / f"my photo ü_{kind}.png" for folder in ("predictions", "new/folder"))]
@@ -83,14 +77,28 @@ def test_run_alone_each_file_leaves_a_picture(tmp_path, monkeypatch, capsys, mod
         assert np.asarray(Image.open(picture)).std() > 20 and str(picture) in printed
 
 
-def test_cams_come_in_the_order_in_which_the_words_were_given():
-    """The captions of the picture rely on it."""
-    encoders = backbone.load_encoders("shapes", None, INFO)
-    image, (cat, fish) = scene_of_one_figure(), map(INFO.classes.index, ("cat", "fish"))
-    one, other = (cam.cams_of_picture(encoders, image, ids, 96) for ids in ([cat, fish], [fish, cat]))
-    for a, b in zip(one, other):
-        np.testing.assert_allclose(a, b[::-1], atol=1e-5)
-    assert one[1][0] > 0.9 > other[1][0]  # the picture shows a cat
+@pytest.mark.parametrize("name", decoder.HERE_ARE)
+def test_run_alone_04_prints_the_shape_of_every_stage(tmp_path, monkeypatch, capsys, name):
+    """From the image to the losses; a third picture there is not."""
+    data.make_shapes(tmp_path / "shapes", n_train=1, n_val=2)
+    monkeypatch.setattr(data, "find_root", lambda *_: tmp_path / "shapes")
+    assert decoder.main(["--method", name, "--index", "1"]) == 0
+    printed = capsys.readouterr().out
+    for line in ("image                (1, 3, 112, 112)", "fused ", "transition           (1, 196, 196)",
+                 "labels               (1, 96, 96)", "losses of the untrained decoder: seg "):
+        assert line in printed
+    with pytest.raises(data.DataError, match="--index 2: the validation split has pictures 0 to 1"):
+        decoder.main(["--method", name, "--index", "2"])
+
+
+def test_cams_come_in_the_order_in_which_the_words_were_given(tmp_path, capsys):
+    """The captions rely on it, and a word that is not in the picture is the less probable one."""
+    Image.fromarray(scene_of_one_figure()).save(tmp_path / "a.png")
+    found = []
+    for words in (["cat", "fish"], ["fish", "cat"]):
+        assert cam.main([str(tmp_path / "a.png"), "--classes", *words, "--clip", "shapes"]) == 0
+        found.append(re.search(r"(\w+) (\d+) %, (\w+) (\d+) %", capsys.readouterr().out).groups())
+    assert found[0] == found[1][2:] + found[1][:2] and int(found[0][1]) > int(found[0][3])
 
 
 def test_a_look_at_a_single_patch(tmp_path):
@@ -110,8 +118,8 @@ def test_cams_of_a_folder_survive_a_bad_file(tmp_path, capsys):
 
 def scene_of_one_figure() -> np.ndarray:
     rng = np.random.default_rng(0)
-    image = data.draw_background(rng, 96, "sand")
-    data.paint_figure(rng, image, data.FIGURES["cat"], np.array((48., 48.)), 40, "cat")
+    image = draw.draw_background(rng, 96, "sand")
+    draw.paint_figure(rng, image, draw.FIGURES["cat"], np.array((48., 48.)), 40, "cat")
     return image.round().astype(np.uint8)
 
 
@@ -134,5 +142,5 @@ def test_what_looks_alike_has_one_colour():
 
 
 def test_a_patch_outside_is_refused(capsys):
-    with pytest.raises(data.DataError, match="--patch 12 0 is outside; the picture has 12 x 12"):
-        backbone.main(["--patch", "12", "0"])
+    with pytest.raises(data.DataError, match="--patch 14 0 is outside; the picture has 14 x 14"):
+        backbone.main(["--patch", "14", "0"])

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -16,11 +17,13 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from tiny import arguments, logged, read
+from tiny import CLASSES, arguments, logged, read
 
 data = import_module("01_data")
+cam = import_module("03_cam")
 decoder = import_module("04_decoder")
 train = import_module("05_train")
+infer = import_module("06_infer")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,7 +51,8 @@ def test_a_run_leaves_what_the_readme_says(world, tmp_path, method, capsys):
     left = {p.name for p in tmp_path.iterdir() if not p.name.startswith("events.")}  # tensorboard's, where it is installed
     assert left == {"args.json", "log.csv", "scores.csv", "preview", "best.pt", "last.pt"}
     assert [row["step"] for row in logged(tmp_path)] == ["1", "2"]
-    assert json.loads((tmp_path / "args.json").read_text(encoding="utf-8"))["config"]["method"] == method
+    settings = json.loads((tmp_path / "args.json").read_text(encoding="utf-8"))
+    assert settings["method"] == method and settings["config"]["max_iters"] == 2
     assert Image.open(tmp_path / "preview" / "step_000002.png").width > 6 * 200
     curves = np.asarray(Image.open(tmp_path / "preview" / "curves.png")).reshape(-1, 3)
     drawn = sum(any((curves == ImageColor.getrgb(colour)).all(axis=1)) for colour in train.CURVE_COLOURS)
@@ -91,13 +95,12 @@ def test_a_checkpoint_by_name_is_resumed_in_its_own_folder_and_in_no_other_runs(
 def test_the_score_of_the_last_evaluation_is_that_of_the_predictions(world, tmp_path):
     """scores.csv against a loop of one's own over the checkpoint's predictions."""
     train.main(arguments(world, tmp_path, "--max-iters", 1))
-    info, cfg, encoders, model = decoder.restore(read(tmp_path), "last.pt", None, None, "cpu")
-    samples = data.list_samples(info, world, "val")
+    method = decoder.restore(read(tmp_path), "last.pt", {}, "cpu")
+    samples = data.list_samples(method.info, world, "val")
     matrix = np.zeros((4, 4))
     for sample in samples:
         pixels = data.normalize(data.load_image(sample.image))
-        logits = decoder.multi_scale_logits(cfg, encoders, model, pixels)
-        found = decoder.enlarge(logits, pixels.shape[-2:]).argmax(0).numpy()
+        found = cam.enlarge(method.logits(pixels), pixels.shape[-2:]).argmax(0).numpy()
         for truth, prediction in zip(data.load_mask(sample.mask, 4).ravel(), found.ravel()):
             matrix[truth, prediction] += 1
     iou = np.diag(matrix) / (matrix.sum(0) + matrix.sum(1) - np.diag(matrix))
@@ -105,24 +108,122 @@ def test_the_score_of_the_last_evaluation_is_that_of_the_predictions(world, tmp_
         assert float(list(csv.DictReader(file))[-1]["multi-scale"]) == pytest.approx(100 * iou.mean(), abs=0.006)
 
 
-def test_supervised_training_learns_from_the_true_masks(world, tmp_path, monkeypatch):
-    """The labels that reach the losses are the masks of the drawn views, and no pseudo label is made."""
-    seen, losses = [], decoder.losses
-    monkeypatch.setattr(decoder, "losses", lambda *a: seen.append(a[3]) or losses(*a))
-    label_images = decoder.label_images
-    monkeypatch.setattr(decoder, "label_images", lambda *a, **k: (
-        pytest.fail("made pseudo labels") if len(seen) < 2 else label_images(*a, **k)))  # evaluation makes them
-    train.main(arguments(world, tmp_path, "--max-iters", 2, "--supervised"))
-    info = data.dataset_info(str(world))
-    views = data.TrainDataset(data.list_samples(info, world, "train"), info.num_classes, 64, 0, with_masks=True)
-    drawn = torch.stack([views[t]["mask"] for t in range(4)]).long()
-    assert torch.equal(torch.cat(seen), drawn)
+@pytest.fixture
+def labels_learned_from(monkeypatch) -> list:
+    """The labels that reach the losses, step by step."""
+    seen, losses = [], decoder.WeCLIPPlus.losses
+    monkeypatch.setattr(decoder.WeCLIPPlus, "losses", lambda *a: seen.append(a[2]) or losses(*a))
+    return seen
+
+
+def drawn_masks(samples) -> torch.Tensor:
+    """The masks of the first epoch of a run with seed 0, all 8 pictures, cropped with them."""
+    views = data.TrainDataset(samples, 4, 64, 0, with_masks=True)
+    return torch.stack([views[t]["mask"] for t in range(8)]).long()
+
+
+def test_with_masks_truth_the_true_masks_are_learned_from(world, tmp_path, labels_learned_from, monkeypatch):
+    """The labels that reach the losses are the masks of the drawn views, no pseudo label is made, no prediction replaces one."""
+    pseudo_labels = decoder.WeCLIP.pseudo_labels
+    monkeypatch.setattr(decoder.WeCLIP, "pseudo_labels", lambda *a: (  # evaluation makes them, with step None
+        pseudo_labels(*a) if len(a) == 6 else pytest.fail("made pseudo labels")))
+    train.main(arguments(world, tmp_path, "--max-iters", 4, "--masks", "truth", "--self-label-after", 0))
+    assert torch.equal(torch.cat(labels_learned_from), drawn_masks(data.list_samples(data.dataset_info(str(world)), world, "train")))
+    assert read(tmp_path)["config"]["self_label_after"] is None and read(tmp_path)["masks"] == "truth"
+
+
+@pytest.fixture
+def classes_in_folders(world, tmp_path) -> Path:
+    """The pictures of the world as cat/0.png, sofa/1.png, ...: each sub-folder is a class."""
+    root = tmp_path / "in folders"
+    for number in range(8):
+        (root / CLASSES[number % 3]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(world / "images" / f"{number}.png", root / CLASSES[number % 3])
+    return root
+
+
+def run_on(root: Path, world: Path, output: Path, *options) -> None:
+    train.main([str(root), *arguments(world, output, *options)[1:]])
+
+
+def test_pseudo_labels_written_by_06_are_masks_to_learn_from(world, classes_in_folders, tmp_path, labels_learned_from):
+    """Sub-folders keep their names on the way: cat/0.png is the mask of cat/0.png. 255 is left out."""
+    run_on(classes_in_folders, world, tmp_path / "one", "--max-iters", 1)
+    infer.main([str(tmp_path / "one" / "last.pt"), "--data-path", str(classes_in_folders), "--split", "train", "--cams",
+                "--scales", "1", "--output-dir", str(tmp_path / "made"), "--device", "cpu"])
+    masks = tmp_path / "made" / "pseudo_label"
+    data.save_mask(masks / "cat" / "0.png", np.full((84, 70), 255, np.uint8))
+    labels_learned_from.clear()
+    run_on(classes_in_folders, world, tmp_path / "two", "--max-iters", 4, "--masks", masks)
+    samples = data.list_samples(data.dataset_info(str(classes_in_folders)), classes_in_folders, "train")
+    wanted = drawn_masks([replace(sample, mask=str(masks / f"{sample.name}.png")) for sample in samples])
+    assert torch.equal(torch.cat(labels_learned_from), wanted) and (wanted == 255).any()
+    assert read(tmp_path / "two")["masks"].startswith(f"{masks}, check sum ")
+
+    data.save_mask(masks / "cat" / "0.png", np.zeros((84, 70), np.uint8))
+    with pytest.raises(data.DataError, match=r"masks is .*made.*, check sum \w+, this run has .*made.*, check sum \w+\."):
+        run_on(classes_in_folders, world, tmp_path / "two", "--max-iters", 5, "--masks", masks, "--resume")
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda path: path.unlink(), "1 masks in .*spoilt missing: 3.png"),
+    (lambda path: data.save_mask(path, np.zeros((5, 5), np.uint8)), r"3.png: mask of \(5, 5\)"),
+    (lambda path: data.save_mask(path, np.full((84, 70), 9, np.uint8)), r"3.png: values \[9\] are no class; wanted 0..3"),
+    (lambda path: path.write_bytes(b"no picture"), "3.png: cannot be read as a picture")])
+def test_a_mask_that_cannot_be_learned_from_is_named(world, tmp_path, spoil, message):
+    masks = shutil.copytree(world / "masks", tmp_path / "spoilt")
+    spoil(masks / "3.png")
+    with pytest.raises(data.DataError, match=message):
+        train.main(arguments(world, tmp_path / "run", "--max-iters", 4, "--masks", masks))
+
+
+def test_the_old_name_of_masks_is_answered(world, tmp_path):
+    with pytest.raises(data.DataError, match="--supervised is now --masks truth"):
+        train.main(arguments(world, tmp_path, "--supervised"))
+
+
+@pytest.mark.parametrize("method", decoder.HERE_ARE)
+def test_every_number_of_a_row_is_an_option(method):
+    """Under its own name, with `none` where it may be none, and as many numbers as it has."""
+    row = decoder.method_class(method).rows["voc"]
+    for field in fields(row):
+        value, name = getattr(row, field.name), "--" + field.name.replace("_", "-")
+        if isinstance(value, tuple):
+            given = tuple(2 * number for number in value)
+            words = [str(number) for number in given]
+        else:
+            given = {int: 7, float: 0.7, str: "x", type(None): None}[type(value)]
+            words = ["none" if given is None else str(given)]
+        args = train.parse_args(["voc", "--method", method, name, *words])
+        assert (args.batch_size == 7) if field.name == "batch_size" else (args.options == {field.name: given}), field.name
+    with pytest.raises(SystemExit):  # WeCLIP has no self-labels to begin with
+        train.parse_args(["voc", "--method", "weclip", "--self-label-after", "7"])
+
+
+def test_the_columns_of_the_log_are_the_losses_of_the_method(world, tmp_path):
+    for method, losses in (("weclip", ["seg", "aff"]), ("weclip+", ["seg", "aff", "mutual_clip", "mutual_dino", "dice"])):
+        train.main(arguments(world, tmp_path / method, "--max-iters", 1, "--method", method))
+        assert list(logged(tmp_path / method)[0]) == ["step", "lr", *losses, "total"]
+
+
+@pytest.mark.parametrize("warmup, expected", [
+    # t < W: lr (1 - (1 - t / W)(1 - 1e-6)); then lr (1 - t / T)
+    (50, {0: 2e-9, 25: 1.000001e-3, 49: 1.96000004e-3, 50: 2e-3 * (1 - 50 / 30_000), 15_000: 1e-3, 29_999: 2e-3 / 30_000}),
+    (200, {0: 2e-9, 25: 2.5000175e-4, 100: 1.000001e-3, 199: 1.99000001e-3, 200: 2e-3 * (1 - 200 / 30_000), 15_000: 1e-3}),
+    (0, {0: 2e-3, 1: 2e-3 * (1 - 1 / 30_000), 29_999: 2e-3 / 30_000}),
+])
+def test_the_learning_rate_warms_up_and_falls_to_zero(warmup, expected):
+    """The released schedule has 50 steps of warm-up, which is what is used unless told; relatives have others."""
+    rates = {step: train.learning_rate(step, 2e-3, 30_000, warmup) for step in expected}
+    assert rates == pytest.approx(expected, rel=1e-9)
+    if warmup == 50:
+        assert rates == {step: train.learning_rate(step, 2e-3, 30_000) for step in expected}
 
 
 def without_dropout(monkeypatch) -> None:
     """Its noise differs between one process and two."""
-    build = decoder.build_model
-    monkeypatch.setattr(decoder, "build_model", lambda *a: build(*a).apply(
+    build = decoder.WeCLIP.build
+    monkeypatch.setattr(decoder.WeCLIP, "build", lambda *a: build(*a).apply(
         lambda m: setattr(m, "p", 0.0) if isinstance(m, torch.nn.Dropout2d) else None))
 
 
@@ -130,19 +231,20 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(world, tmp_pat
     """Losses are ratios of sums over the whole batch, so sharing it among processes must not change a step.
 
     The classes of the images differ, so the share of background pixels does too: means taken per process would give
-    other numbers. The last part shows that, on the first batch.
+    other numbers. The last part shows that, on the first batch. The labels are true masks: sums in another order may flip
+    a pixel of an arg-max, and there would be one in every pseudo label.
     """
     without_dropout(monkeypatch)
     (tmp_path / "run.py").write_text(
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import pytest, test_train; "
         "test_train.without_dropout(pytest.MonkeyPatch()); test_train.train.main()")
     one, two, halves = tmp_path / "one", tmp_path / "two", tmp_path / "halves"
-    common = ["--max-iters", 20, "--eval-every", 20]
+    common = ["--method", "weclip", "--masks", "truth", "--max-iters", 20, "--eval-every", 20]
     train.main(arguments(world, one, *common, "-b", 4))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                     str(tmp_path / "run.py"), *arguments(world, two, *common, "-b", 2)], check=True, capture_output=True)
     for ours, theirs in zip(logged(two), logged(one), strict=True):
-        assert {k: float(v) for k, v in ours.items() if v} == pytest.approx({k: float(v) for k, v in theirs.items() if v}, abs=1e-5)
+        assert {k: float(v) for k, v in ours.items()} == pytest.approx({k: float(v) for k, v in theirs.items()}, abs=1e-5)
     ours, worst = read(two)["model"], 0
     for name, theirs in read(one)["model"].items():
         difference = (ours[name] - theirs).abs()
@@ -151,10 +253,9 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(world, tmp_pat
         worst = max(worst, difference.max().item())
     print(f"weights differ by {worst:.1e}")
     assert worst < 1e-5
-    assert (one / "scores.csv").read_text() == (two / "scores.csv").read_text()
 
-    train.main(arguments(world, halves, "--max-iters", 2, "-b", 2))  # the first batch in two; no step is made before
-    mean = sum(float(row["total"]) for row in logged(halves)) / 2    # the second: the rate of the first is 2e-9
+    train.main(arguments(world, halves, *common, "--max-iters", 2, "-b", 2))  # the first batch in two; no step is made
+    mean = sum(float(row["total"]) for row in logged(halves)) / 2             # before the second: its rate is 2e-9
     assert abs(mean - float(logged(two)[0]["total"])) > 1e-3
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 import golden
 
 data = import_module("01_data")
+decoder = import_module("04_decoder")
 
 CLIP = dict(width=64, layers=3, patch=16, resolution=64, text_width=64, text_layers=1, embed=32)
 CLASSES = ("cat", "sofa", "tree house")
@@ -45,7 +46,10 @@ def make_world(root: Path) -> Path:
 
 def arguments(world: Path, output: Path, *more) -> list[str]:
     """The command line of a tiny run; the last of two equal options counts."""
-    return [str(world), "--clip", str(world / "clip.pt"), "--dino", str(world / "dino.pth"), "--output-dir", str(output),
+    method = more[more.index("--method") + 1] if "--method" in more else "weclip+"
+    files = {"clip": world / "clip.pt", "dino": world / "dino.pth"}
+    frozen = [x for what in files if hasattr(decoder.method_class(method).rows["voc"], what) for x in (f"--{what}", files[what])]
+    return [*map(str, (world, *frozen, "--output-dir", output)),
             "--crop-size", "64", "--long-side", "64", "-b", "2", "-j", "0", "--device", "cpu", "--print-freq", "1",
             "--lr", "0.002", *map(str, more)]
 
