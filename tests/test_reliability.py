@@ -52,7 +52,7 @@ def training(said: Path, argv: list[str], trick, environment: dict) -> None:
     os.dup2(file, 2)
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # of its loader workers: the server's way would cost seconds
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # as in conftest.py: equal bit for bit
     if trick:
         trick()
     data.run(lambda: train.main(argv))
