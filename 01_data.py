@@ -16,6 +16,7 @@ A folder of one's own: `labels.csv` has one line per picture, `file,class;class`
 the class numbers that `python 01_data.py FOLDER` prints. Without labels.csv each sub-folder is a class.
 """
 import argparse
+import colorsys
 import csv
 import itertools
 import json
@@ -30,7 +31,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from importlib import import_module
 from pathlib import Path, PureWindowsPath
 
@@ -713,34 +714,89 @@ def save_mask(path: str | Path, mask: np.ndarray) -> None:
     os.replace(partial_file, path)
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, classes: tuple[str, ...] = (), strength: float = 0.6) -> np.ndarray:
-    """The picture, grey under the colours of its mask, with a legend of the classes found below it if `classes` are given.
+@cache
+def display_colours() -> np.ndarray:
+    """(256, 3) uint8, what classes look like on pictures for people: bright, never grey, neighbouring numbers far apart.
 
-    image (H, W, 3) uint8, mask (H, W) -> (H + legend, max(W, 120 if legend), 3) uint8; background stays as it is
+    0 is black and void is white. PNG files of masks have VOC's palette instead, which tools expect.
     """
-    tinted = (1 - strength) * image.mean(axis=2, keepdims=True) + strength * colormap()[mask]  # grey below: one colour, one class
-    blended = np.where(mask[..., None] > 0, tinted, image).round().astype(np.uint8)
-    names = [(value, classes[value - 1]) for value in np.unique(mask).tolist() if 0 < value <= len(classes)]
-    if not names:
-        return blended
+    hues = (.02 + .618034 * np.arange(256)) % 1  # the golden ratio spreads any number of them
+    bright = [colorsys.hsv_to_rgb(hue, (.95, .6, .8)[k // 8 % 3], (1, 1, .85)[k // 8 % 3]) for k, hue in enumerate(hues)]
+    colours = (255 * np.array(bright)).round().astype(np.uint8)
+    colours[0], colours[IGNORE_INDEX] = 0, 255
+    return colours
+
+
+def fit(picture: np.ndarray, side: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
+    """(h, w[, 3]) uint8 enlarged or reduced to a long side of `side` pixels, at least one pixel each way."""
+    factor = side / max(picture.shape[:2])
+    width_height = [max(1, round(factor * length)) for length in picture.shape[1::-1]]
+    return np.asarray(Image.fromarray(picture).resize(width_height, resample))
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, classes: tuple[str, ...], side: int = 360) -> np.ndarray:
+    """A picture under the colours of its mask, each region with its outline, and a legend of the classes found below it.
+
+    image (H, W, 3) uint8, mask (H, W), classes the names of 1, 2, ... -> (h + legend, w, 3) uint8, `side` pixels long
+    """
+    colours, values = display_colours(), [value for value in np.unique(mask).tolist() if 0 < value <= len(classes)]
+    image, mask = fit(image, side), fit(mask.astype(np.uint8), side, Image.Resampling.NEAREST)
+    tinted = .5 * image.mean(axis=2, keepdims=True) + .5 * colours[mask]  # grey below: one colour, one class
+    tinted = np.where(mask[..., None] > 0, tinted, image)
+    tinted = np.where(outline(mask)[..., None], colours[mask], tinted).round().astype(np.uint8)
+    return legend(tinted, [value - 1 for value in values], classes)
+
+
+def outline(regions: np.ndarray) -> np.ndarray:
+    """(H, W) numbers -> (H, W) bool: the two outermost pixels of each region that is not 0."""
+    height, width = regions.shape
+    padded = np.pad(regions, 2, mode="edge")
+    shifted = [padded[2 + y:2 + y + height, 2 + x:2 + x + width] for y, x in ((-2, 0), (2, 0), (0, -2), (0, 2))]
+    return (regions > 0) & np.any([piece != regions for piece in shifted], axis=0)
+
+
+def legend(picture: np.ndarray, class_ids: list[int], classes: tuple[str, ...]) -> np.ndarray:
+    """A line below the picture for each of the 0-based classes, with its colour."""
     font, line = ImageFont.load_default(14), 20
-    height, width = mask.shape
-    canvas = Image.new("RGB", (max(width, 120), height + line * len(names)), "white")
-    canvas.paste(Image.fromarray(blended))
+    canvas = Image.new("RGB", (max(picture.shape[1], 120), picture.shape[0] + line * len(class_ids)), "white")
+    canvas.paste(Image.fromarray(picture))
     pen = ImageDraw.Draw(canvas)
-    for row, (value, name) in enumerate(names):
-        top = height + line * row
-        pen.rectangle([4, top + 4, 16, top + 16], fill=tuple(colormap()[value].tolist()), outline="black")
-        pen.text((22, top + 2), name, fill="black", font=font)
+    for top, number in zip(range(picture.shape[0], canvas.height, line), class_ids):
+        pen.rectangle([4, top + 4, 16, top + 16], fill=tuple(display_colours()[number + 1].tolist()), outline="black")
+        pen.text((22, top + 2), classes[number], fill="black", font=font)
     return np.array(canvas)
+
+
+def table_of_pictures(heads: list[str], rows: list[tuple[list[str], list[np.ndarray]]], side: int = 240) -> Image.Image:
+    """Rows of pictures (h, w, 3) uint8, each `side` wide, under one row of heads; a row's lines of text stand at its left."""
+    font, line, gap, left = ImageFont.load_default(14), 20, 8, 110
+    cells = [[Image.fromarray(x).resize((side, max(1, round(side * x.shape[0] / x.shape[1])))) for x in row] for _, row in rows]
+    tops = [line + gap]
+    for row in cells:
+        tops.append(tops[-1] + max(cell.height for cell in row) + gap)
+    sheet = Image.new("RGB", (left + len(heads) * (side + gap), tops[-1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, head in enumerate(heads):
+        pen.text((left + column * (side + gap), 4), shortened(head, font, side), fill="black", font=font)
+    for (texts, _), row, top in zip(rows, cells, tops):
+        for number, text in enumerate(texts):
+            pen.text((gap, top + line * number), shortened(text, font, left - gap), fill="black", font=font)
+        for column, cell in enumerate(row):
+            sheet.paste(cell, (left + column * (side + gap), top))
+    return sheet
+
+
+def shortened(text: str, font: ImageFont.ImageFont, width: int) -> str:
+    """What fits into `width` pixels."""
+    while len(text) > 2 and font.getlength(text) > width:
+        text = text[:-3] + ".."
+    return text
 
 
 def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int, side: int = 240) -> Image.Image:
     """Pictures (h, w, 3) uint8 in rows of `columns`, each fitted into side x side pixels, with a line of text below."""
     font, line, gap = ImageFont.load_default(14), 20, 8
-    factors = [side / max(picture.shape[:2]) for picture in pictures]
-    pictures = [Image.fromarray(picture).resize([max(1, round(factor * length)) for length in picture.shape[1::-1]])
-                for picture, factor in zip(pictures, factors)]
+    pictures = [Image.fromarray(fit(picture, side)) for picture in pictures]
     rows = [list(zip(pictures, captions))[start:start + columns] for start in range(0, len(pictures), columns)]
     heights = [max(picture.height for picture, _ in row) + line + gap for row in rows]
     sheet = Image.new("RGB", (columns * (side + gap) + gap, sum(heights) + gap), "white")
@@ -748,9 +804,7 @@ def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int,
         for column, (picture, text) in enumerate(row):
             left, top = gap + column * (side + gap), gap + sum(heights[:number])
             sheet.paste(picture, (left, top))
-            while len(text) > 2 and font.getlength(text) > side:
-                text = text[:-3] + ".."
-            ImageDraw.Draw(sheet).text((left, top + picture.height + 2), text, fill="black", font=font)
+            ImageDraw.Draw(sheet).text((left, top + picture.height + 2), shortened(text, font, side), fill="black", font=font)
     return sheet
 
 
@@ -879,7 +933,7 @@ def draw_sheet(info: DatasetInfo, root: Path, split: str) -> Image.Image:
     samples = list_samples(info, root, split)
     for sample in samples[::max(1, len(samples) // 24)][:24]:
         image, mask = load_pair(sample, info.num_classes, sample.mask is not None)
-        pictures.append(image if mask is None else overlay(image, mask))
+        pictures.append(image if mask is None else overlay(image, mask, info.classes))
         captions.append(", ".join(info.classes[label] for label in sample.labels) or "no class")
     return contact_sheet(pictures, captions, columns=6)
 

@@ -241,7 +241,8 @@ def self_labels(labels: torch.Tensor, logits: torch.Tensor, above: float) -> tor
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-ABOVE_ZERO = ("max_iters", "batch_size", "lr", "crop_size", "scale_range", "eval_every", "long_side", "scales", "depth")
+ABOVE_ZERO = ("max_iters", "batch_size", "lr", "crop_size", "scale_range", "eval_every", "eval_images", "long_side", "scales",
+              "depth")
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,7 @@ class Config:
     crop_size: int = 320            # pixels
     scale_range: tuple[float, float] = (0.5, 2.0)  # of the random scale before the crop
     eval_every: int = 2_000         # steps
+    eval_images: int | None = None  # so many pictures of val are scored along the way, all at the end; None: always all
     # Inference
     long_side: int = 512            # pixels, at scale 1
     scales: tuple[float, ...] = (1.0, 0.75)
@@ -293,8 +295,8 @@ class WeCLIPConfig(Config):
 
 
 SHAPES = dict(clip="shapes", static_maps=3, dynamic_maps=4, box_fraction=0.2, cam_skip=0, fuse_blocks=None, depth=1,
-              max_iters=900, batch_size=8, lr=1e-3, crop_size=112, scale_range=(1.0, 1.4), eval_every=900, long_side=112,
-              scales=(1.0, 0.86))  # towers of 5 blocks, of which all but CLIP's last are read; pictures of 96 pixels, enlarged
+              max_iters=900, batch_size=8, lr=1e-3, crop_size=112, scale_range=(1.0, 1.4), eval_every=100, eval_images=40,
+              long_side=112, scales=(1.0, 0.86))  # towers of 5 blocks, of which all but CLIP's last are read; pictures of 96 pixels, enlarged
 
 
 class Rungs(NamedTuple):

@@ -24,6 +24,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
@@ -31,13 +32,16 @@ from importlib import import_module
 from itertools import count
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait must not take the cores from others
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # our folder, wherever we are started from
 data = import_module("01_data")
@@ -56,6 +60,7 @@ ENDINGS = {  # what torch says when something outside of the run has ended it ->
     "NCCL": "another process of the run has ended or cannot be reached, its own message says why",
     "out of memory": "the device has not enough memory; take a smaller -b"}
 CURVE_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: safe for the colour-blind
+MULTI_PAR = "multi-scale + PAR"  # not the papers', who use a dense CRF, which needs a compiler
 
 
 def learning_rate(step: int, base: float, max_iters: int, warmup: int = 50) -> float:
@@ -105,54 +110,88 @@ def train_step(method, optimizer: torch.optim.Optimizer, images: torch.Tensor, l
 
 
 @torch.no_grad()
-def evaluate(method, dataset, multi_scale: bool = False, amp: torch.dtype | None = None, preview: Path | None = None,
-             stop: "StopRequest | None" = None) -> dict[str, dict] | None:
-    """The ladder on a whole split: for each rung the scores of one confusion matrix over all its images.
+def evaluate(method, dataset, indices: Sequence[int], everything: bool = False, amp: torch.dtype | None = None,
+             stop: "StopRequest | None" = None) -> dict[str, torch.Tensor] | None:
+    """The ladder on pictures of a split: for each rung one confusion matrix over all of them.
 
-    dataset      01_data.EvalDataset with masks; the processes of a torchrun share its images, each image counts once
-    multi_scale  score the multi-scale + flip segmentation as well
-    preview      file for a picture of the first images, a row each: image, CAM, refined, pseudo label, prediction, truth
-    stop         asked before each image
-    ->           {rung: 01_data.scores}; None if a process was asked to stop
+    dataset     01_data.EvalDataset with masks; the processes of a torchrun share `indices`, each image counts once
+    everything  the rungs of several scales as well
+    stop        asked before each image
+    ->          {rung: (C, C)}; None if a process was asked to stop
     """
     rank, world = rank_and_world()
     was_training, classes = method.model.training, method.info.num_classes
     method.model.eval()  # Deviation: the released training script leaves dropout on while it validates
-    matrices = {rung: torch.zeros(classes, classes, dtype=torch.long) for rung in all_rungs(method, multi_scale)}
-    pictures = []
-    for index in range(rank, len(dataset), world):
+    matrices = {rung: torch.zeros(classes, classes, dtype=torch.long) for rung in all_rungs(method, everything)}
+    for index in tqdm(indices[rank::world], desc="evaluating", disable=None if rank == 0 else True, leave=False):
         if stop is not None and stop.requested:
             break
         item = dataset[index]
-        image = item["image"].to(method.device)
-        found = method.ladder(image, item["labels"], amp)
-        if multi_scale:
-            found.labels["multi-scale"] = cam.enlarged_labels(method.logits(image, amp=amp), image.shape[-2:])
+        found = climb(method, item["image"].to(method.device), item["labels"], everything, amp)
         for rung, matrix in matrices.items():
             matrix += data.confusion_matrix(item["mask"], found.labels[rung].cpu(), classes)
-        if rank == 0 and preview is not None and index < PREVIEW_ROWS * world:
-            pictures.append(preview_row(data.load_image(dataset.samples[index].image), item, found))
     method.model.train(was_training)
     if wanted_anywhere(stop):
         return None
-    if pictures:
-        flat = [picture for row in pictures for picture in row.values()]
-        data.contact_sheet(flat, [*pictures[0]] * len(pictures), columns=len(pictures[0])).save(preview)
-    return {rung: data.scores(sum_over_processes(matrix)) for rung, matrix in matrices.items()}
+    return {rung: sum_over_processes(matrix) for rung, matrix in matrices.items()}
 
 
-def all_rungs(method, multi_scale: bool = True) -> list[str]:
+def score(method, dataset, last: bool, amp: torch.dtype | None, stop: "StopRequest | None") -> tuple[dict, float] | None:
+    """The scores of all rungs; along the way on cfg.eval_images pictures, at the end on all, several scales included.
+
+    -> {rung: 01_data.scores} and what best.pt is chosen by: the segmentation's mIoU, each time on the same pictures; or None
+    """
+    part = scored_on_the_way(method.cfg, len(dataset))
+    matrices = evaluate(method, dataset, part, last, amp, stop)
+    chosen_by = matrices and data.scores(matrices["segmentation"])["miou"]
+    rest = sorted(set(range(len(dataset))) - set(part))
+    if matrices and last and rest:
+        more = evaluate(method, dataset, rest, last, amp, stop)
+        matrices = more and {rung: matrix + more[rung] for rung, matrix in matrices.items()}
+    return matrices and ({rung: data.scores(matrix) for rung, matrix in matrices.items()}, chosen_by)
+
+
+def scored_on_the_way(cfg, count: int) -> list[int]:
+    """Which of `count` pictures? All, or cfg.eval_images from all over the split."""
+    return np.linspace(0, count - 1, min(count, cfg.eval_images or count)).round().astype(int).tolist()
+
+
+def all_rungs(method, everything: bool = True) -> list[str]:
     """What is scored, in the order in which it is made."""
-    return [*method.rungs, "segmentation"] + ["multi-scale"] * multi_scale
+    return [*method.rungs, "segmentation"] + ["multi-scale", MULTI_PAR] * everything
 
 
-def preview_row(image: np.ndarray, item: dict, found) -> dict[str, np.ndarray]:
-    """One image through the stages: captions and pictures (H, W, 3) uint8; CAMs glow in the colours of their classes."""
-    ids = item["labels"].nonzero().flatten().tolist()
-    row = {"image": image} | {rung: cam.paint(image, maps.cpu().numpy(), ids) for rung, maps in found.maps.items()}
-    *labels, prediction = ((rung, labels) for rung, labels in found.labels.items() if rung not in found.maps)
-    labels = dict(labels[:1]) | {"prediction": prediction[1], "truth": item["mask"]}
-    return row | {rung: data.overlay(image, x.cpu().numpy().astype(np.uint8)) for rung, x in labels.items()}
+def climb(method, image: torch.Tensor, labels: torch.Tensor, everything: bool, amp: torch.dtype | None):
+    """The ladder of one image (3, H, W), and with `everything` the rungs of several scales above it."""
+    found = method.ladder(image, labels, amp)
+    if everything:
+        logits = method.logits(image, amp=amp)
+        found.labels["multi-scale"] = cam.enlarged_labels(logits, image.shape[-2:])
+        found.labels[MULTI_PAR] = cam.par_labels(image, logits)
+    return found
+
+
+@torch.no_grad()
+def draw_preview(method, samples: list, amp: torch.dtype | None, path: Path) -> None:
+    """A row for each sample: image, all rungs, the truth where there is one. CAMs glow in the colours of their classes."""
+    info, rows = method.info, []
+    was_training = method.model.training
+    method.model.eval()
+    for sample in samples:
+        image, truth = data.load_pair(sample, info.num_classes, sample.mask is not None)
+        item = data.as_item(sample, image, None, info.num_classes)
+        found = climb(method, item["image"].to(method.device), item["labels"], True, amp)
+        labels = {rung: x.cpu().numpy() for rung, x in found.labels.items() if rung not in found.maps}
+        if truth is not None:
+            labels["truth"] = truth
+        ids = sorted(sample.labels)
+        row = {"image": image} | {rung: cam.paint(image, maps, ids, info.classes) for rung, maps in found.maps.items()}
+        row |= {rung: data.overlay(image, x, info.classes) for rung, x in labels.items()}
+        rows.append(([info.classes[c] for c in sample.labels], row))
+    method.model.train(was_training)
+    heads = list(dict.fromkeys(rung for _, row in rows for rung in row))  # a truth is missing here and there
+    blank = np.full((1, 1, 3), 255, np.uint8)
+    data.table_of_pictures(heads, [(names, [row.get(head, blank) for head in heads]) for names, row in rows]).save(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -285,10 +324,11 @@ def open_output(output: Path, settings: dict, progress: dict) -> tuple[Log, Log]
 
 def draw_curves(output: Path) -> Image.Image:
     """log.csv and scores.csv of a run as a picture: losses above, mIoU in percent below, over the steps."""
-    width, height, left, top = 760, 240, 50, 14  # pixels of a panel and its margins
-    sheet, font = Image.new("RGB", (width + 130, 2 * (height + 3 * top)), "white"), ImageFont.load_default(13)
+    width, height, left, top = 760, 240, 50, 34  # pixels of a panel and its margins
+    sheet, font = Image.new("RGB", (width + 170, 2 * (height + 2 * top)), "white"), ImageFont.load_default(13)
     pen = ImageDraw.Draw(sheet)
-    for panel, (file, skipped) in enumerate((("log.csv", {"step", "lr", "images_per_s"}), ("scores.csv", {"step"}))):
+    panels = (("losses", "log.csv", {"step", "lr", "images_per_s"}), ("mIoU in percent", "scores.csv", {"step", "images"}))
+    for panel, (title, file, skipped) in enumerate(panels):
         with open(output / file, newline="", encoding="utf-8") as table:
             rows = list(csv.DictReader(table))
         names = [name for name in (rows[0] if rows else ()) if name not in skipped]
@@ -297,12 +337,16 @@ def draw_curves(output: Path) -> Image.Image:
         if not lines:
             continue
         last, highest = (max(point[axis] for line in lines.values() for point in line) or 1 for axis in (0, 1))
-        base = top + panel * (height + 3 * top)
+        base = top + panel * (height + 2 * top)
+        pen.text((left, base - 8), title, fill="black", font=font, anchor="lb")
+        pen.line([left, base, left, base + height, width, base + height], fill="black")
         for share in (0, .25, .5, .75, 1):
             y = base + height * (1 - share)
             pen.line([left, y, width, y], fill=(225, 225, 225))
             pen.text((left - 6, y), f"{share * highest:.3g}", fill="black", font=font, anchor="rm")
-        pen.text((width, base + height + 4), f"step {last}", fill="black", font=font, anchor="rt")
+        for share in (0, .5, 1):
+            x = left + share * (width - left)
+            pen.text((x, base + height + 4), f"step {share * last:.0f}", fill="black", font=font, anchor="mt")
         for number, (name, line) in enumerate(lines.items()):
             colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
             points = [(left + (width - left) * step / last, base + height * (1 - value / highest)) for step, value in line]
@@ -396,7 +440,6 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     val_samples = data.list_samples(info, root, "val")
     with_masks = [sample for sample in val_samples if sample.mask]
     val_set = data.EvalDataset(with_masks, info.num_classes) if with_masks else None
-
     if rank == 0:
         settings = {**identity, "labels": labels, "config": asdict(cfg), "processes": world, "data_path": str(root),
                     "torch": torch.__version__}
@@ -423,17 +466,27 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
                           "optimizer": optimizer.state_dict()}
             write_atomically(output / name, partial(torch.save, checkpoint))
 
+    def look_back(step: int) -> float:
+        """The panel of a step -> seconds that it took, per picture."""
+        clock, shown = time.perf_counter(), (with_masks or val_samples)[:PREVIEW_ROWS]
+        if rank == 0 and shown:
+            draw_preview(method, shown, amp, output / "preview" / f"step_{step:06d}.png")
+        return (time.perf_counter() - clock) / max(1, len(shown))
+
+    per_image = look_back(start)
     seconds, measured = 0.0, 0  # of the steps since the last line
     for step in range(start, cfg.max_iters + 1):
         last = step == cfg.max_iters
         if val_set and (last or step % cfg.eval_every == 0) and progress["evaluated"] < step:
-            result = evaluate(method, val_set, last, amp, output / "preview" / f"step_{step:06d}.png", stop)
-            if result is None:
+            found = score(method, val_set, last, amp, stop)
+            if found is None:
                 break
+            result, chosen_by = found
             progress["evaluated"] = step
-            if result["segmentation"]["miou"] > progress["best"]:
-                progress["best"] = result["segmentation"]["miou"]
+            if chosen_by > progress["best"]:
+                progress["best"] = chosen_by
                 save("best.pt")
+            per_image = look_back(step)
             if rank == 0:
                 score_log.write(step=step, **{rung: f"{100 * result[rung]['miou']:.2f}" if rung in result else ""
                                               for rung in all_rungs(method)})
@@ -465,10 +518,14 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
         seconds, measured = seconds + time.perf_counter() - clock, measured + 1
         if rank == 0 and (done % args.print_freq == 0 or done == cfg.max_iters):
             speed, seconds, measured = measured * cfg.batch_size / seconds, 0.0, 0
-            lr, minutes = optimizer.param_groups[0]["lr"], (cfg.max_iters - done) * cfg.batch_size / speed / 60
+            lr, to_score = optimizer.param_groups[0]["lr"], 0
+            if val_set:
+                on_the_way = (cfg.max_iters - 1) // cfg.eval_every - (done - 1) // cfg.eval_every
+                to_score = (on_the_way * len(scored_on_the_way(cfg, len(val_set))) + len(val_set)) / world
+            minutes = ((cfg.max_iters - done) * cfg.batch_size / speed + to_score * per_image) / 60
             log.write(step=done, lr=f"{lr:.3e}", **{k: f"{v:.6f}" for k, v in values.items()}, images_per_s=f"{speed:.1f}")
             say(f"step {done:6d}/{cfg.max_iters}  " + "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-                + f"  lr {lr:.1e}  {speed:.1f} images/s  {minutes:.0f} min left  {memory()}")
+                + f"  lr {lr:.1e}  {speed:.1f} images/s  {minutes:.1f} min left  {memory()}")
         if wanted_anywhere(stop):
             break
         if done == cfg.max_iters or done % cfg.eval_every == 0 or done % SAVE_EVERY == 0:

@@ -22,6 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait must not take the cores from others
 if __name__ == "__mp_main__":  # a worker of the CRF, started by this file: Ctrl-C ends it at once, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -37,7 +38,7 @@ cam = import_module("03_cam")
 decoder = import_module("04_decoder")
 
 SINGLE = "single scale"                         # scale 1 without its mirror, as in the released scores; "segmentation" in 05
-OVERLAY_SIDE = 1024                             # pixels: overlays are to be looked at, a photo's are made smaller
+OVERLAY_SIDES = (360, 1024)                     # pixels: overlays are to be looked at, no smaller and no larger
 PRINT_EVERY = 50                                # images, where there is no terminal for a bar
 VOC_FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 
@@ -81,9 +82,12 @@ def segment(method, sample, args: argparse.Namespace) -> tuple[Segmented, tuple 
     logits = method.logits(pixels, args.scales, args.flip, args.amp)
     labels[wanted] = labelled(logits)
     job = None
+    if args.par:
+        labels[f"{wanted} + PAR"] = torch.tensor(kept, dtype=torch.uint8)[cam.par_labels(pixels, logits[kept]).cpu()]
     if args.crf:
         ids, probs = cam.likely_classes(cam.enlarge(logits[kept], image.shape[:2]))
-        job = (image, np.array(kept, np.uint8)[ids], probs, 10, method.cfg.crf_gaussian, method.cfg.crf_bilateral)
+        numbers = (10, method.cfg.crf_gaussian, method.cfg.crf_bilateral)
+        job = (image, np.array(kept, np.uint8)[ids.cpu().numpy()], probs.cpu().numpy(), *numbers)
     return Segmented(image, item.get("mask"), labels), job
 
 
@@ -128,9 +132,8 @@ def segment_pictures(method, args: argparse.Namespace) -> int:
             continue
         mask = list(found.labels.values())[-1].numpy()
         data.save_mask(prediction, mask)
-        factor = min(1, OVERLAY_SIDE / max(mask.shape))
-        small = data.rescale(found.image, factor), data.rescale(mask, factor, Image.Resampling.NEAREST)
-        Image.fromarray(data.overlay(*small, info.classes)).save(overlay)
+        side = min(OVERLAY_SIDES[1], max(OVERLAY_SIDES[0], *mask.shape))
+        Image.fromarray(data.overlay(found.image, mask, info.classes, side)).save(overlay)
         shares = np.bincount(mask.ravel(), minlength=info.num_classes)[1:] / mask.size
         seen = [f"{info.classes[c]} {shares[c]:.1%}" for c in np.argsort(-shares) if shares[c]]
         tqdm.write(f"{sample.image} -> {prediction}: {', '.join(seen) or 'background only'}")
@@ -196,7 +199,7 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
         trained = {key: checkpoint.get(key) for key in ("method", "step", "masks", "seed", "frozen", "config")}
         report = {"checkpoint": args.checkpoint, "dataset": info.name, "split": args.split, "images": len(scored),
                   "unusable": failed, "samples": summary, "scales": args.scales, "flip": args.flip, "crf": args.crf,
-                  "with_labels": args.with_labels,
+                  "par": args.par, "with_labels": args.with_labels,
                   "amp": str(args.amp) if args.amp else None, "rungs": result, "training": trained}
         (output / "scores.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
     else:
@@ -211,7 +214,7 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
 def describe(args: argparse.Namespace, cfg) -> str:
     """How the prediction is made, in words."""
     return (f"long side {cfg.long_side} x {', '.join(f'{scale:g}' for scale in args.scales)}, "
-            f"{'with' if args.flip else 'no'} mirror, {'with' if args.crf else 'no'} CRF"
+            f"{'with' if args.flip else 'no'} mirror, {'with' if args.crf else 'no'} CRF" + ", PAR (not the papers')" * args.par
             + ", classes of the image only" * args.with_labels)
 
 
@@ -241,7 +244,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--split", default="val", help="which part of the data set (default: %(default)s)")
     p.add_argument("--scales", type=data.positive, nargs="+", metavar="X", help="default: the checkpoint's, say 1 1.5")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images too (default: yes)")
-    p.add_argument("--crf", action="store_true", help="dense CRF on top (needs pydensecrf2)")
+    p.add_argument("--crf", action="store_true", help="dense CRF on top, as in the papers (needs pydensecrf2)")
+    p.add_argument("--par", action="store_true", help="PAR on top, not the papers': no package, runs on a GPU")
     p.add_argument("--cams", action="store_true", help="CAMs and pseudo labels too, from the split's labels")
     p.add_argument("--with-labels", action="store_true", help="predict only classes that the split's labels name")
     p.add_argument("--submit", metavar="FILE.tgz", help="pack the predictions for the VOC server")

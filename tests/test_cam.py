@@ -228,3 +228,17 @@ def test_labels_enlarged_class_by_class_are_those_of_all_classes_at_once(size):
     labels = cam.enlarged_labels(logits, size)
     assert labels.dtype == torch.long and torch.equal(labels, whole.argmax(dim=0))
     assert (whole == whole.amax(dim=0)).sum() > whole[0].numel() and len(labels.unique()) > 2
+
+
+@pytest.mark.parametrize("long_side", [1024, 20])
+def test_par_moves_the_border_of_a_prediction_to_the_edge_of_the_picture(long_side):
+    """A black and a white half, a border that is three pixels off. A picture that is larger than `long_side` is refined at
+    half its size, and its border is then a pixel off at the most."""
+    image = torch.zeros(3, 30, 40)
+    image[:, :, 20:] = 2
+    logits = torch.zeros(5, 30, 40)
+    logits[0, :, :23], logits[3, :, 23:], logits[1], logits[4] = 2, 2, -9, -9
+    labels = cam.par_labels(image, logits, long_side)
+    expected = torch.where(torch.arange(40) < 20, 0, 3).expand(30, 40)
+    wrong = labels != expected
+    assert labels.dtype == torch.long and (not wrong.any() if long_side == 1024 else not wrong[:, [*range(19), *range(21, 40)]].any())

@@ -481,20 +481,36 @@ def test_a_saved_mask_comes_back_in_vocs_colours(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m.png"]
 
 
-def test_an_overlay_leaves_the_background_and_names_the_classes_below():
-    """Three pixels of class 2: tinted; the rest as it was; one line of legend per class found."""
-    image, mask = np.full((30, 200, 3), 50, np.uint8), np.zeros((30, 200), np.uint8)
-    mask[5, 5:8] = 2
-    plain = data.overlay(image, mask)
-    assert plain.shape == image.shape and (plain[mask == 0] == 50).all() and (plain[5, 5] != 50).any()
-    red, green, blue = data.overlay(image * np.uint8([4, 0, 0]), mask)[5, 5].tolist()  # red paper, green class
-    assert red == blue < green
-    named = data.overlay(image, mask, ("cat", "dog", "cow"))
-    assert named.shape[1] == 200 and named.shape[0] == 30 + 20
-    np.testing.assert_array_equal(named[:30], plain)
-    assert (named[30:] == data.colormap()[2]).all(-1).any()
-    np.testing.assert_array_equal(data.overlay(image, mask, ("owl", "dog", "fox")), named)  # only class 2 is seen
-    assert (data.overlay(image, mask, ("cat", "fox", "cow")) != named).any()
+def test_an_overlay_tints_regions_draws_their_outlines_and_names_the_classes_below():
+    """Class 2 on a grey picture: its inside is tinted, its rim has its full colour, the rest is as it was; small is enlarged."""
+    image, mask = np.full((30, 60, 3), 50, np.uint8), np.zeros((30, 60), np.uint8)
+    mask[10:20, 20:40] = 2
+    shown, colour = data.overlay(image, mask, ("cat", "dog", "cow")), data.display_colours()[2]
+    assert shown.shape == (180 + 20, 360, 3) and (shown[:50] == 50).all()
+    assert (shown[60:62, 130:230] == colour).all() and (shown[90, 180] == (.5 * 50 + .5 * colour).round()).all()
+    assert (shown[180:] == colour).all(-1).any()
+    np.testing.assert_array_equal(data.overlay(image, mask, ("owl", "dog", "fox")), shown)  # only class 2 is seen
+    assert (data.overlay(image, mask, ("cat", "fox", "cow")) != shown).any()
+
+
+def test_colours_for_people_are_bright_and_distinct():
+    """No class is grey or dark, and those with near numbers are far apart: the 8 of the toy, and any 8 in a row of COCO's."""
+    colours = data.display_colours()[1:81].astype(int)
+    assert (np.ptp(colours, axis=1) >= 90).all() and (colours.max(axis=1) >= 200).all()
+    for start in range(73):
+        some = colours[start:start + 8]
+        distance = np.abs(some[:, None] - some).sum(axis=2) + 999 * np.eye(8, dtype=int)
+        assert distance.min() >= 60, start
+
+
+def test_a_table_of_pictures_has_its_heads_once_and_rows_of_any_height():
+    """Nothing overlaps: each picture's own colour is found at its full width under its head."""
+    pictures = [[np.full((h, 10, 3), (value, 0, 0), np.uint8) for h, value in row]
+                for row in (((10, 40), (30, 80)), ((5, 120), (1, 160)))]
+    table = np.asarray(data.table_of_pictures(["x" * 99, "b"], [(["a cat"], pictures[0]), ([], pictures[1])], side=60))
+    for value, height in ((40, 60), (80, 180), (120, 30), (160, 6)):
+        rows, columns = np.nonzero((table == (value, 0, 0)).all(axis=2))
+        assert (np.ptp(rows) + 1, np.ptp(columns) + 1, len(rows)) == (height, 60, 60 * height)
 
 
 def test_a_contact_sheet_takes_pictures_of_any_shape():

@@ -268,6 +268,17 @@ def test_with_labels_a_prediction_names_only_classes_that_the_picture_shows(home
     assert json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["with_labels"]
 
 
+def test_par_is_a_rung_of_its_own_and_the_prediction(home, method, tmp_path):
+    """It needs no package, sees the picture and no label; scores.json says that it was used."""
+    assert infer.main([str(home / "best.pt"), "--data-path", str(home / "own"), "--output-dir", str(tmp_path), "--par"]) == 0
+    report = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert report["par"] and list(report["rungs"]) == ["single scale", "multi-scale + flip", "multi-scale + flip + PAR"]
+    for number in range(5):
+        image = data.normalize(read(home / "own" / "images" / f"{number}.png"))
+        expected = cam.par_labels(image, method.logits(image)).numpy()
+        np.testing.assert_array_equal(read(tmp_path / "predictions" / f"{number}.png"), expected)
+
+
 def test_predictions_keep_the_sub_folders_of_their_pictures(home, tmp_path):
     """ant/1.png and bee/1.png are two pictures, and `05_train.py --masks` finds their masks by these names."""
     for seed, name in enumerate(CLASSES):
@@ -449,7 +460,7 @@ def test_crf_moves_the_border_to_the_edge_of_the_picture(home, tmp_path):
     logits[0, :, :23], logits[3, :, 23:], logits[1], logits[4] = 2, 2, -9, -9
     ids, probs = cam.likely_classes(logits)
     assert ids.tolist() == [0, 2, 3]
-    labels = cam.crf_labels(image, ids, probs)
+    labels = cam.crf_labels(image, ids.numpy().astype(np.uint8), probs.numpy())
     assert labels.dtype == np.uint8
     np.testing.assert_array_equal(labels, np.where(np.arange(40) < 20, 0, 3)[None].repeat(30, axis=0))
 

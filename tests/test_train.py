@@ -53,10 +53,15 @@ def test_a_run_leaves_what_the_readme_says(world, tmp_path, method, capsys):
     assert [row["step"] for row in logged(tmp_path)] == ["1", "2"]
     settings = json.loads((tmp_path / "args.json").read_text(encoding="utf-8"))
     assert settings["method"] == method and settings["config"]["max_iters"] == 2
-    assert Image.open(tmp_path / "preview" / "step_000002.png").width > 6 * 200
-    curves = np.asarray(Image.open(tmp_path / "preview" / "curves.png")).reshape(-1, 3)
-    drawn = sum(any((curves == ImageColor.getrgb(colour)).all(axis=1)) for colour in train.CURVE_COLOURS)
-    assert drawn == (6 if method == "weclip+" else 5)  # losses of the method, and five rungs
+    assert sorted(path.name for path in (tmp_path / "preview").iterdir()) == [
+        "curves.png", "step_000000.png", "step_000001.png", "step_000002.png"]
+    assert Image.open(tmp_path / "preview" / "step_000002.png").width > 8 * 200
+    curves = np.asarray(Image.open(tmp_path / "preview" / "curves.png"))
+    above, below = (half.reshape(-1, 3) for half in np.split(curves, 2))  # losses of the method, and its rungs
+
+    def drawn(pixels):
+        return sum(any((pixels == ImageColor.getrgb(colour)).all(axis=1)) for colour in train.CURVE_COLOURS)
+    assert drawn(above) == (6 if method == "weclip+" else 3) and drawn(below) == 6
     checkpoint = read(tmp_path)
     assert checkpoint["step"] == 2 and not any("visual" in name for name in checkpoint["model"])  # no frozen weights in it
 
@@ -69,6 +74,7 @@ def test_a_run_without_masks_shows_its_losses_and_a_command_that_works(world, tm
     said = capsys.readouterr().out
     assert "nothing is scored: none of 4 images of val has a mask" in said
     assert said.endswith(f"06_infer.py {output / 'last.pt'} PICTURE\n") and (output / "preview" / "curves.png").exists()
+    assert (output / "preview" / "step_000000.png").exists()  # a panel all the same, without the truth
 
 
 def test_a_checkpoint_by_name_is_resumed_in_its_own_folder_and_in_no_other_runs(world, tmp_path, monkeypatch):
@@ -106,6 +112,18 @@ def test_the_score_of_the_last_evaluation_is_that_of_the_predictions(world, tmp_
     iou = np.diag(matrix) / (matrix.sum(0) + matrix.sum(1) - np.diag(matrix))
     with open(tmp_path / "scores.csv", newline="") as file:
         assert float(list(csv.DictReader(file))[-1]["multi-scale"]) == pytest.approx(100 * iou.mean(), abs=0.006)
+
+
+def test_along_the_way_part_of_the_pictures_is_scored_and_all_at_the_end(world, tmp_path, monkeypatch):
+    """best.pt is chosen by the same pictures each time; each picture counts once in the last scores."""
+    scored, evaluate = [], train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda method, dataset, indices, *a: (
+        scored.append(list(indices)) or evaluate(method, dataset, indices, *a)))
+    train.main(arguments(world, tmp_path / "part", "--max-iters", 2, "--eval-every", 1, "--eval-images", 2))
+    assert scored == [[0, 3], [0, 3], [1, 2]]
+    train.main(arguments(world, tmp_path / "all", "--max-iters", 2, "--eval-every", 1))
+    last = [(tmp_path / run / "scores.csv").read_text().splitlines()[-1] for run in ("part", "all")]
+    assert last[0] == last[1] and scored[3:] == [[0, 1, 2, 3]] * 2
 
 
 @pytest.fixture
