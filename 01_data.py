@@ -213,9 +213,9 @@ def load_mask(path: str | Path, num_classes: int, size_hw: tuple[int, int] | Non
     return mask
 
 
-def normalize(image: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) in 0..255 -> (3, H, W) float32, ImageNet's mean and deviation."""
-    scaled = (image.astype(np.float32) - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
+def normalize(image: np.ndarray, mean: tuple = IMAGE_MEAN, std: tuple = IMAGE_STD) -> torch.Tensor:
+    """(H, W, 3) in 0..255 -> (3, H, W) float32; mean and deviation, in 0..255, are ImageNet's unless told."""
+    scaled = (image.astype(np.float32) - np.float32(mean)) / np.float32(std)
     return torch.from_numpy(scaled.transpose(2, 0, 1).copy())
 
 

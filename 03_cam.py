@@ -349,17 +349,17 @@ def crf_labels(image: np.ndarray, ids: np.ndarray, probs: np.ndarray, *numbers) 
     return ids[crf(image, probs, *numbers).argmax(axis=0)]
 
 
-def crf_in_processes(jobs, workers: int):
+def crf_in_processes(jobs, workers: int, work=crf_labels):
     """Many pictures through the CRF: while worker processes are at some, the caller's network goes on with the next ones.
 
-    jobs  an iterable of (key, arguments of crf_labels, or None where there is nothing to do)
-    ->    (key, labels or None) in the same order, up to 2 * workers pictures late
+    jobs  an iterable of (key, arguments of `work`, or None where there is nothing to do)
+    ->    (key, result or None) in the same order, up to 2 * workers pictures late
     """
     waiting = deque()
     pool = ProcessPoolExecutor(workers, get_context("spawn"))
     try:
         for key, job in jobs:
-            waiting.append((key, job and pool.submit(crf_labels, *job)))
+            waiting.append((key, job and pool.submit(work, *job)))
             while len(waiting) > 2 * workers:
                 key, future = waiting.popleft()
                 yield key, future and future.result()
