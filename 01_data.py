@@ -22,9 +22,12 @@ import itertools
 import json
 import os
 import re
+import shlex
+import subprocess
 import sys
 import tempfile
 import textwrap
+import unicodedata
 import zlib
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -37,7 +40,7 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -48,7 +51,8 @@ draw = import_module("shapes.draw")
 IGNORE_INDEX = 255                        # "void" in a mask: no score
 IMAGE_MEAN = (123.675, 116.28, 103.53)    # ImageNet, RGB, in 0..255; for CLIP and DINO alike, as in the released code
 IMAGE_STD = (58.395, 57.12, 57.375)
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM")  # Pillow's names; no other is opened:
+# for EPS it starts Ghostscript, and some others have done harm
 
 
 class DataError(Exception):
@@ -136,6 +140,9 @@ def dataset_info(name_or_folder: str, background: list[str] | None = None) -> Da
                             "write labels.csv (file,class;class) or make one sub-folder of pictures per class")
         words = tuple(word for word in VOC_BACKGROUND if word not in classes)
         info = DatasetInfo("folder", classes, tuple(name.replace("_", " ") for name in classes), words)
+        twice = [prompt for prompt, number in Counter(map(str.lower, info.prompts)).items() if number > 1]
+        if twice:
+            raise DataError(f"{name_or_folder}: two classes that CLIP reads as {', '.join(twice)}; give them one name")
     return replace(info, background=tuple(background)) if background else info
 
 
@@ -163,10 +170,20 @@ def find_root(name_or_folder: str, data_path: str | Path | None = None) -> Path:
 
 # ---------------------------------------------------------------- pictures and masks
 
+@cache
+def picture_formats() -> dict[str, str]:
+    """Ending of a file name -> its format, for those of FORMATS that this Pillow has."""
+    return {ending: name for ending, name in Image.registered_extensions().items() if name in FORMATS and name in Image.OPEN}
+
+
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in picture_formats() and path.name[0] != "." and path.is_file()
+
+
 def read_picture(path: str | Path, read):
-    """read(the opened PIL image); whatever goes wrong becomes a DataError with the path."""
+    """read(the opened PIL image), whose format is told by its content; whatever goes wrong becomes a DataError with the path."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=sorted(set(picture_formats().values()))) as image:
             return read(image)
     except Exception as error:  # broken files make Pillow raise nearly anything, DecompressionBombError among it
         raise DataError(f"{path}: cannot be read as a picture ({type(error).__name__}: {error}); "
@@ -185,22 +202,35 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
+def turned(image: Image.Image) -> Image.Image:
+    """The picture as people see it. A broken EXIF tag costs the tag and not the picture."""
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # whatever Pillow makes of broken tags
+        return image
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+TURNS = dict(zip(range(2, 9), (Image.Transpose(number) for number in (0, 3, 1, 5, 4, 6, 2))))  # EXIF orientation -> what undoes it
+
+
 def load_image(path: str | Path, as_displayed: bool = False) -> np.ndarray:
     """What is in the file? -> (H, W, 3) uint8 RGB, whatever the file holds; of several frames the first.
 
-    as_displayed  turn the picture as its EXIF data says. Not for training and scoring: masks fit the stored pixels.
+    as_displayed  turn the picture as its EXIF data says: pictures and folders of one's own. Masks of VOC and COCO fit the
+                  stored pixels
     Raises  DataError  with the path, if the file is missing, broken, too large for Pillow, or of floating-point numbers
     """
-    return read_picture(path, lambda image: to_rgb(ImageOps.exif_transpose(image) if as_displayed else image))
+    return read_picture(path, lambda image: to_rgb(turned(image) if as_displayed else image))
 
 
-def load_mask(path: str | Path, num_classes: int, size_hw: tuple[int, int] | None = None) -> np.ndarray:
+def load_mask(path: str | Path, num_classes: int, size_hw: tuple[int, int] | None = None, as_displayed: bool = False) -> np.ndarray:
     """Which class is at each pixel? -> (H, W) uint8: 0 background, 1..C-1, 255 void.
 
     size_hw  the size of its picture, if the mask must have it
     Raises   DataError  if the file is no palette or grey picture, has another size, or values that are no class
     """
-    mode, mask = read_picture(path, lambda image: (image.mode, np.array(image)))
+    mode, mask = read_picture(path, lambda image: (image.mode, np.array(turned(image) if as_displayed else image)))
     if mode not in ("P", "L"):
         raise DataError(f"{path}: a mask is a palette or grey picture (mode P or L) of class numbers, not mode {mode}; "
                         "turn its colours into class numbers")
@@ -225,12 +255,20 @@ def picture_files(paths: list[str]) -> list[Path]:
     """The files among `paths`, and the pictures in the folders among them. Raises DataError if there are none."""
     files = []
     for path in map(Path, paths):
-        files += sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES
-                        and not file.name.startswith(".")) if path.is_dir() else [path]
+        there = sorted(file for file in path.iterdir() if file.name[0] != ".") if path.is_dir() else []
+        files += [file for file in there if is_picture(file)] if path.is_dir() else [path]
+        if rest := left_out(file for file in there if not is_picture(file) and file.name != "predictions"):
+            print(f"left out of {path}: {rest}", file=sys.stderr)
     if not files:
         raise DataError(f"{', '.join(paths)}: no pictures in there; wanted files ending in "
-                        + ", ".join(sorted(PICTURE_SUFFIXES)))
+                        + ", ".join(sorted(picture_formats())))
     return files
+
+
+def left_out(paths: Iterable[Path]) -> str:
+    """What was not taken, in words: "3 .heic, 1 folder"; "" if nothing."""
+    kinds = Counter("folder" if path.is_dir() else path.suffix.lower() or "without ending" for path in paths)
+    return ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
 
 
 def result_files(files: list[Path], output_dir: str | None, endings: tuple[str, ...]) -> list[list[Path]]:
@@ -257,6 +295,7 @@ class Sample:
     mask: str | None          # path, if there is one
     labels: tuple[int, ...]   # 0-based foreground classes in the picture; from VOC's XML in its order, else ascending
     source: str               # where the labels come from: "xml", "json", "csv", "folder", "mask", or "none"
+    as_displayed: bool = False  # picture and mask are read as people see them: a folder of one's own; else as they are stored
 
 
 def list_samples(info: DatasetInfo, root: str | Path | None, split: str,
@@ -331,14 +370,27 @@ def mask_labels(mask: np.ndarray) -> tuple[int, ...]:
     return tuple(int(value) - 1 for value in np.unique(mask) if value not in (0, IGNORE_INDEX))
 
 
-def files_by_stem(folder: Path) -> dict[str, Path]:
-    """Name without suffix -> path; {} if there is no such folder. One look instead of 80 000 questions."""
-    return {path.stem: path for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else {}
+def files_by_stem(folder: Path, suffixes: Iterable[str] | None = None) -> dict[str, Path]:
+    """Name without suffix -> path, of pictures unless told; {} if there is no such folder. One look instead of 80 000 questions.
+
+    Raises  DataError  if two files have one name
+    """
+    suffixes, found = picture_formats() if suffixes is None else suffixes, {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.suffix.lower() in suffixes and path.name[0] != ".":
+            if (other := found.setdefault(nfc(path.stem), path)) != path:
+                raise DataError(f"{path} and {other.name}: two files of one name; take one away")
+    return found
+
+
+def nfc(text: str) -> str:
+    """Accents as one letter: a Mac writes them as two in the names of files."""
+    return unicodedata.normalize("NFC", text)
 
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # with or without the mark that Excel writes
+        return nfc(path.read_text(encoding="utf-8-sig"))  # with or without the mark that Excel writes
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from error
 
@@ -383,7 +435,8 @@ def voc_names(root: Path, split: str) -> list[str]:
     lists = root / "ImageSets" / "Segmentation"
     path = lists / f"{split}.txt"
     if path.exists():  # a line is NAME, or in DeepLab's list "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png"
-        return [PureWindowsPath(line.split()[0]).stem for line in read_text(path).splitlines() if line.strip()]
+        names = [PureWindowsPath(line.split()[0]).stem for line in read_text(path).splitlines() if line.strip()]
+        return list(dict.fromkeys(names))
     masks = files_by_stem(root / "SegmentationClassAug")
     if split == "train_aug" and masks and (lists / "val.txt").exists():
         return sorted(masks.keys() - set(voc_names(root, "val")))
@@ -393,7 +446,7 @@ def voc_names(root: Path, split: str) -> list[str]:
 
 def voc_samples(info: DatasetInfo, root: Path, split: str, problems: list[str] | None) -> list[Sample]:
     """Labels from Annotations/NAME.xml, else from the mask; masks from SegmentationClassAug, else SegmentationClass."""
-    xmls = files_by_stem(root / "Annotations")
+    xmls = files_by_stem(root / "Annotations", {".xml"})
     masks = files_by_stem(root / "SegmentationClass") | files_by_stem(root / "SegmentationClassAug")
     return join_samples(info, split, root, voc_names(root, split), files_by_stem(root / "JPEGImages"), masks,
                         lambda name: xml_labels(xmls[name], info.classes) if name in xmls else None, "xml", problems)
@@ -431,8 +484,13 @@ def read_coco_json(path: Path, classes: tuple[str, ...]) -> dict[str, tuple[int,
         objects: dict = {image["id"]: [] for image in content["images"]}
         for found in content["annotations"]:
             objects[found["image_id"]].append((numbers[found["category_id"]], found.get("segmentation")))
-        return {coco_name(Path(safe_name(image["file_name"], path)).stem):
-                (int(image["height"]), int(image["width"]), objects[image["id"]]) for image in content["images"]}
+        records: dict = {}
+        for image in content["images"]:
+            name = coco_name(Path(safe_name(image["file_name"], path)).stem)
+            if name in records:
+                raise DataError(f"{path}: two records of {image['file_name']}, one has the id {image['id']}; make them one")
+            records[name] = int(image["height"]), int(image["width"]), objects[image["id"]]
+        return records
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not COCO's instance format ({type(error).__name__}: {error}); "
                         "take the file out of the archive again") from error
@@ -459,23 +517,36 @@ def picture_folder(root: Path) -> Path:
     return root / "images" if (root / "images").is_dir() else root
 
 
+HEADS = ("file", "filename", "file_name", "image", "image_name", "image_id", "img", "name", "path", "picture")  # of a column
+
+
 def folder_rows(root: Path) -> list[tuple[str, list[str], str]]:
-    """[(file, class names, split), ...] from labels.csv (with or without a headline), else from FOLDER/CLASS/*."""
+    """[(file, class names, split), ...] from labels.csv, with or without a headline, else from FOLDER/CLASS/* or FOLDER/train/CLASS/*.
+
+    Columns are separated by commas, tabs or semicolons, classes of a picture by semicolons or bars.
+    """
     table, rows = root / "labels.csv", []
     if not table.exists():
-        files = sorted(path for path in picture_folder(root).glob("*/*") if path.suffix.lower() in PICTURE_SUFFIXES
-                       and path.parent.name not in ("masks", "predictions") and "." not in (path.name[0], path.parent.name[0]))
-        return [(f"{path.parent.name}/{path.name}", [path.parent.name], "train") for path in files]
-    for number, line in enumerate(read_text(table).splitlines(), 1):
+        folder = picture_folder(root)
+        for path in sorted(folder.rglob("*")):
+            parts = path.relative_to(folder).parts
+            parts = parts if parts[0] in ("train", "val") and len(parts) > 2 else ("train", *parts)
+            if is_picture(path) and len(parts) > 2 and parts[1] not in ("masks", "predictions", "test") and not any(
+                    part[0] == "." for part in parts):
+                rows.append((path.relative_to(folder).as_posix(), [nfc(parts[1])], parts[0]))
+        return rows
+    text = read_text(table)
+    comma = "\t" if "\t" in text else "," if "," in text else ";"
+    for number, line in enumerate(text.splitlines(), 1):
         try:
-            file, names, split, *more = [cell.strip() for cell in next(csv.reader([line]), [])] + [""] * 3
+            file, names, split, *more = [cell.strip() for cell in next(csv.reader([line], delimiter=comma), [])] + [""] * 3
         except csv.Error as error:
             raise DataError(f"{table}, line {number}: {error}; save it as CSV with commas, in UTF-8") from error
-        if not line.strip(", ;") or (number == 1 and file.lower() == "file"):
+        if not line.strip(", ;\t") or (number == 1 and file.lower() in HEADS):
             continue
-        if not file or split not in ("", "train", "val") or any(more):
+        classes = [name.strip() for name in re.split("[;|]" if comma != ";" else "[|,]", names) if name.strip()]
+        if not file or split not in ("", "train", "val") or any(more) or set("{}[]\"#,") & set("".join(classes)):
             raise DataError(f"{table}, line {number}: {line!r} is not file,class;class or file,class;class,train|val")
-        classes = [name.strip() for name in names.split(";") if name.strip()]
         rows.append((safe_name(file, table), classes, split or "train"))
     return rows
 
@@ -489,7 +560,8 @@ def folder_samples(info: DatasetInfo, root: Path, split: str, problems: list[str
         complain(f"{root}: {', '.join(twice[:10])} in more than one line or with more than one suffix; wanted one line "
                  "per picture (file,class;class) and different names", problems)
     folder, source = picture_folder(root), "csv" if (root / "labels.csv").exists() else "folder"
-    pictures = {name: folder / file for name, file, _ in rows}
+    there = {nfc(path.relative_to(folder).as_posix()): path for path in folder.rglob("*")}  # a Mac writes accents otherwise
+    pictures = {name: there.get(file, folder / file) for name, file, _ in rows}
     masks = {name: root / "masks" / f"{name}.png" for name, _, _ in rows}
     labels = {name: classes for name, _, classes in rows}
 
@@ -497,7 +569,8 @@ def folder_samples(info: DatasetInfo, root: Path, split: str, problems: list[str
         return tuple(sorted(set(class_numbers(labels[name], info.classes, pictures[name]))))
 
     pictures, masks = ({name: path for name, path in paths.items() if path.is_file()} for paths in (pictures, masks))
-    return join_samples(info, split, folder, list(labels), pictures, masks, read_labels, source, problems)
+    samples = join_samples(info, split, folder, list(labels), pictures, masks, read_labels, source, problems)
+    return [replace(sample, as_displayed=True) for sample in samples]
 
 
 LOADERS = {"voc": voc_samples, "coco": coco_samples, "shapes": folder_samples, "folder": folder_samples}
@@ -567,9 +640,9 @@ def check_sum(parts: Iterable[bytes]) -> str:
 
 
 def load_pair(sample: Sample, num_classes: int, with_mask: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """A picture (H, W, 3) and, if asked for, its mask (H, W), both as they are stored."""
-    image = load_image(sample.image)
-    return image, load_mask(sample.mask, num_classes, image.shape[:2]) if with_mask else None
+    """A picture (H, W, 3) and, if asked for, its mask (H, W), both as people see them or both as they are stored."""
+    image = load_image(sample.image, sample.as_displayed)
+    return image, load_mask(sample.mask, num_classes, image.shape[:2], sample.as_displayed) if with_mask else None
 
 
 def as_item(sample: Sample, image: np.ndarray, mask: np.ndarray | None, num_classes: int) -> dict:
@@ -586,6 +659,14 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, epoch)).permutation(count)
 
 
+def collate(items: list[dict]) -> dict:
+    """Items -> a batch of numpy arrays, names as a list. Tensors would go from the loader's processes to the training by
+    sockets in TMPDIR, whose paths must be short, and by shared memory, which containers have little of."""
+    arrays = items[0].keys() - {"name", "broken"}
+    return ({key: [item[key] for item in items] for key in ("name", "broken") if key in items[0]}
+            | {key: np.stack([np.asarray(item[key]) for item in items]) for key in arrays})
+
+
 class TrainDataset(Dataset):
     """Random views with image-level labels. Item t is the t-th draw of the run, t = 0, 1, 2, ... without end.
 
@@ -593,8 +674,9 @@ class TrainDataset(Dataset):
     same for any number of workers and processes, and goes on in the middle: see `draw_batches`.
     Images without a foreground class are left out, `skipped` counts them.
 
-    Item    see `as_item`, with H = W = crop_size; mask only with `with_masks`: the truth, 255 where void or padded
-    Raises  DataError  if no image has a class; with_masks: if a mask is missing; at the item: if a file is broken
+    Item    see `as_item`, with H = W = crop_size; mask only with `with_masks`: the truth, 255 where void or padded;
+            broken: what was wrong with the files in whose place the next ones of the epoch are shown
+    Raises  DataError  if no image has a class; with_masks: if a mask is missing; at the item: if ten in a row are broken
     """
 
     def __init__(self, samples: list[Sample], num_classes: int, crop_size: int, seed: int = 0,
@@ -615,10 +697,18 @@ class TrainDataset(Dataset):
 
     def __getitem__(self, draw: int) -> dict:
         epoch, place = divmod(draw, len(self))
-        sample = self.samples[epoch_order(self.seed, epoch, len(self))[place]]
-        pair = load_pair(sample, self.num_classes, self.with_masks)
+        order, broken = epoch_order(self.seed, epoch, len(self)), []
+        while True:
+            sample = self.samples[order[(place + len(broken)) % len(self)]]
+            try:
+                pair = load_pair(sample, self.num_classes, self.with_masks)
+                break
+            except DataError as error:
+                broken.append(str(error))
+                if len(broken) == min(10, len(self)):
+                    raise
         pair = augment(*pair, self.crop_size, np.random.default_rng((self.seed, 1, draw)), self.scales)
-        return as_item(sample, *pair, self.num_classes)
+        return as_item(sample, *pair, self.num_classes) | {"broken": broken}
 
 
 def draw_batches(start: int, stop: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[range]:
@@ -679,7 +769,7 @@ def scores(matrix: torch.Tensor) -> dict:
     hits, truth, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     iou, present = hits / (truth + predicted - hits), truth > 0
     return {"pixel_accuracy": float(hits.sum() / matrix.sum()), "mean_accuracy": float((hits / truth)[present].mean()),
-            "miou": float(iou[present].mean()), "iou": iou.tolist()}
+            "miou": float(iou[present].mean()), "iou": iou.tolist(), "present": present.tolist()}
 
 
 def print_scores(result: dict[str, dict], info: DatasetInfo, title: str) -> None:
@@ -690,6 +780,15 @@ def print_scores(result: dict[str, dict], info: DatasetInfo, title: str) -> None
     rows = [(name, [score["iou"][number] for score in result.values()]) for number, name in enumerate(names)]
     for name, values in rows + [("mIoU", [score["miou"] for score in result.values()])]:
         print(f"{name:{width}}  " + "  ".join(f"{100 * value:{max(4, len(key))}.1f}" for key, value in zip(result, values)))
+    if note := without_truth(result, info):
+        print(note)
+
+
+def without_truth(result: dict[str, dict], info: DatasetInfo) -> str:
+    """Which classes is the mIoU silent about? "" if none."""
+    present = next(iter(result.values()))["present"]
+    names = [name for name, there in zip(("background", *info.classes), present) if not there]
+    return f"no pixel of truth, left out of the mIoU: {', '.join(names[:10])}{', ...' * (len(names) > 10)}" if names else ""
 
 
 # ---------------------------------------------------------------- pictures for people
@@ -769,7 +868,7 @@ def legend(picture: np.ndarray, class_ids: list[int], classes: tuple[str, ...]) 
 
 def table_of_pictures(heads: list[str], rows: list[tuple[list[str], list[np.ndarray]]], side: int = 240) -> Image.Image:
     """Rows of pictures (h, w, 3) uint8, each `side` wide, under one row of heads; a row's lines of text stand at its left."""
-    font, line, gap, left = ImageFont.load_default(14), 20, 8, 110
+    font, line, gap, left = ImageFont.load_default(14), 20, 8, 110 if any(texts for texts, _ in rows) else 8
     cells = [[Image.fromarray(x).resize((side, max(1, round(side * x.shape[0] / x.shape[1])))) for x in row] for _, row in rows]
     tops = [line + gap]
     for row in cells:
@@ -794,18 +893,13 @@ def shortened(text: str, font: ImageFont.ImageFont, width: int) -> str:
 
 
 def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int, side: int = 240) -> Image.Image:
-    """Pictures (h, w, 3) uint8 in rows of `columns`, each fitted into side x side pixels, with a line of text below."""
-    font, line, gap = ImageFont.load_default(14), 20, 8
-    pictures = [Image.fromarray(fit(picture, side)) for picture in pictures]
-    rows = [list(zip(pictures, captions))[start:start + columns] for start in range(0, len(pictures), columns)]
-    heights = [max(picture.height for picture, _ in row) + line + gap for row in rows]
-    sheet = Image.new("RGB", (columns * (side + gap) + gap, sum(heights) + gap), "white")
-    for number, row in enumerate(rows):
-        for column, (picture, text) in enumerate(row):
-            left, top = gap + column * (side + gap), gap + sum(heights[:number])
-            sheet.paste(picture, (left, top))
-            ImageDraw.Draw(sheet).text((left, top + picture.height + 2), shortened(text, font, side), fill="black", font=font)
-    return sheet
+    """Pictures (h, w, 3) uint8 in rows of `columns`, each with a line of text above it."""
+    rows = [range(start, min(start + columns, len(pictures))) for start in range(0, len(pictures), columns)]
+    sheets = [table_of_pictures([captions[n] for n in row], [([], [fit(pictures[n], side) for n in row])], side) for row in rows]
+    whole = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
+    for number, sheet in enumerate(sheets):
+        whole.paste(sheet, (0, sum(above.height for above in sheets[:number])))
+    return whole
 
 
 # ---------------------------------------------------------------- COCO: masks from the json
@@ -816,6 +910,8 @@ def object_mask(segmentation: list | dict, height: int, width: int) -> np.ndarra
         official = import_module("pycocotools.mask")
     except ImportError as error:
         raise DataError("COCO's masks are drawn by the package pycocotools: `pip install pycocotools`") from error
+    if not segmentation:
+        raise ValueError("it has a box and no segmentation; take COCO's instances_*.json")
     if isinstance(segmentation, list):
         corners = np.concatenate([np.asarray(polygon, np.float64) for polygon in segmentation])
         if not (np.abs(corners) < 10 * max(height, width)).all():
@@ -845,10 +941,14 @@ def coco_mask(height: int, width: int, objects: list, file: Path) -> np.ndarray:
         raise DataError(f"{file}: cannot draw an object ({error}); take the file out of the archive again") from error
 
 
+def is_older(path: str | Path, other: Path | None) -> bool:
+    return other is not None and Path(path).stat().st_mtime < other.stat().st_mtime
+
+
 def write_coco_masks(info: DatasetInfo, root: Path, split: str) -> None:
-    """SegmentationClass/val2014/000000000042.png and so on, for the pictures that have none."""
+    """SegmentationClass/val2014/000000000042.png and so on, for the pictures that have none or one from before the json."""
     _, json_path, folder = coco_places(root, split)
-    missing = [sample.name for sample in list_samples(info, root, split) if sample.mask is None]
+    missing = [sample.name for sample in list_samples(info, root, split) if sample.mask is None or is_older(sample.mask, json_path)]
     if missing:
         records = read_coco_json(json_path, info.classes)
         folder.mkdir(parents=True, exist_ok=True)
@@ -883,16 +983,24 @@ def make_shapes(root: Path, seed: int = 0, n_train: int = 1000, n_val: int = 200
 
 # ---------------------------------------------------------------- the check and the command line
 
-def inspect(sample: Sample, num_classes: int) -> tuple[list[str], bool]:
+def inspect(sample: Sample, num_classes: int) -> tuple[str, bool]:
     """Open both files of a sample. -> what is wrong, and whether its mask shows other classes than its label says.
 
     That is no error: in the whole train_aug of VOC, XML and mask differ for about 8 % of the images.
     """
-    problems: list[str] = []
-    images = gather(load_image, [sample.image], problems)
-    size = images[0].shape[:2] if images else None
-    masks = gather(lambda path: load_mask(path, num_classes, size), [sample.mask] if sample.mask else [], problems)
-    return problems, any(set(mask_labels(mask)) != set(sample.labels) for mask in masks)
+    try:
+        _, mask = load_pair(sample, num_classes, sample.mask is not None)
+        return "", mask is not None and set(mask_labels(mask)) != set(sample.labels)
+    except DataError as error:
+        return str(error), False
+
+
+def contradiction(differing: int, masks: int) -> str:
+    """Are these masks of other things? "" or a sentence. A few always differ."""
+    if not differing or differing <= masks / 2:
+        return ""
+    return (f"{differing} of {masks} masks show other classes than the labels say. Likely causes: the object is marked 255, which "
+            "is void; classes are numbered from 0, which is background; the palette is another; masks are from before the labels")
 
 
 def report(info: DatasetInfo, root: Path, thorough: bool) -> list[str]:
@@ -921,9 +1029,26 @@ def report(info: DatasetInfo, root: Path, thorough: bool) -> list[str]:
             with ThreadPoolExecutor() as pool:
                 results = list(tqdm(pool.map(partial(inspect, num_classes=info.num_classes), todo), total=len(todo),
                                     desc=f"opening {split}", disable=None))
-            problems += [problem for found, _ in results for problem in found]
+            differing, masks = sum(differs for _, differs in results), sum(sample.mask is not None for sample in todo)
+            problems += [problem for problem in (*(found for found, _ in results), contradiction(differing, masks)) if problem]
             print(f"{'':10} {len(todo)} opened (the others were before); "
-                  f"the mask shows other classes than the label in {sum(differs for _, differs in results)}")
+                  f"the mask shows other classes than the label in {differing}")
+            old = [sample.name for sample in samples if info.name == "coco" and sample.mask and is_older(
+                sample.mask, coco_places(root, split)[1])]
+            if old:
+                problems.append(f"{len(old)} masks of {split} are older than the json; `python 01_data.py coco` writes them anew")
+    if info.name == "folder":
+        folder = picture_folder(root)
+        listed = {folder / file for file, _, _ in folder_rows(root)} | {root / "labels.csv"}
+        rest = left_out(path for path in folder.rglob("*") if path.is_file() and path.name[0] != "." and path not in listed
+                        and path.relative_to(root).parts[0] not in ("masks", "predictions"))
+        if rest:
+            problems.append(f"left out of {folder}: {rest}; wanted pictures that are listed, ending in "
+                            + ", ".join(sorted(picture_formats())))
+        made_of = [name for name in info.classes if len(parts := re.split(r"[ ,&+/]+", name)) > 1 and set(parts) <= set(info.classes)]
+        if made_of:
+            problems.append(f"classes made of other classes: {', '.join(made_of[:10])}; several classes of a picture are "
+                            "separated by semicolons: file,class;class")
     return problems
 
 
@@ -965,9 +1090,12 @@ class CommandLine(argparse.ArgumentParser):
         super().__init__(usage=f"%(prog)s {arguments} [options]", description=text, formatter_class=form)
 
     def parse_known_args(self, args=None, namespace=None):
-        dashed = [re.sub("^--[^=]+", lambda option: option[0].replace("_", "-"), arg)
-                  for arg in (sys.argv[1:] if args is None else args)]
-        return super().parse_known_args(dashed, namespace)
+        return super().parse_known_args(dashed(args), namespace)
+
+
+def dashed(argv: list[str] | None) -> list[str]:
+    """--data_path -> --data-path; None: the command line's."""
+    return [re.sub("^--[^=]+", lambda option: option[0].replace("_", "-"), arg) for arg in (sys.argv[1:] if argv is None else argv)]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -998,6 +1126,13 @@ def main(argv: list[str] | None = None) -> int:
         draw_sheet(info, root, "train").save(args.sheet)
         print(f"wrote {args.sheet}")
     return int(bool(problems))
+
+
+def command(*words) -> str:
+    """What to type next, with the Python that runs now: a fresh environment need not be activated."""
+    here = str(Path.cwd()) + os.sep
+    line = [str(word).removeprefix(here) for word in (sys.executable, *words)]
+    return subprocess.list2cmdline(line) if os.name == "nt" else shlex.join(line)
 
 
 def run(main) -> None:

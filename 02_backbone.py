@@ -80,8 +80,10 @@ def _clip_from_file(path: Path) -> nn.Module:
         raise data.DataError(f"{path}: no such CLIP file; give --clip a file or one of {clip.available_models()}")
     try:
         if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
-            archive = torch.jit.load(path, map_location="cpu")  # OpenAI's TorchScript; clip.load could fall back on pickle
-            return clip.model.build_model(archive.state_dict())
+            if hashlib.sha256(path.read_bytes()).hexdigest() not in openai_sha256():  # such an archive can run code of its own
+                raise ValueError("a TorchScript archive that is not OpenAI's by its SHA-256. If you trust it, make a state dict "
+                                 "of it: torch.save(torch.jit.load(FILE).state_dict(), NEW)")
+            return clip.model.build_model(torch.jit.load(path, map_location="cpu").state_dict())
         state = torch.load(path, map_location="cpu", weights_only=True)
         if "token_embedding.words" in state:  # the toy file keeps only the rows that its world has words for
             words, rows = state.pop("token_embedding.words"), state.pop("token_embedding.rows")
@@ -89,6 +91,11 @@ def _clip_from_file(path: Path) -> nn.Module:
         return clip.model.build_model(state)
     except Exception as error:  # whatever a foreign file makes torch or clip raise: say which file it was
         raise data.DataError(f"{path}: not a CLIP of OpenAI's (TorchScript archive or state dict): {error}") from error
+
+
+def openai_sha256() -> set[str]:
+    """Of all files that OpenAI publishes: they stand in the addresses that the clip package has."""
+    return {url.split("/")[-2] for url in clip.clip._MODELS.values()}
 
 
 @torch.no_grad()

@@ -294,9 +294,9 @@ class WeCLIPConfig(Config):
     affinity_radius: int = 8        # patches, in rows and in columns
 
 
-SHAPES = dict(clip="shapes", static_maps=3, dynamic_maps=4, box_fraction=0.2, cam_skip=0, fuse_blocks=None, depth=1,
-              max_iters=900, batch_size=8, lr=1e-3, crop_size=112, scale_range=(1.0, 1.4), eval_every=100, eval_images=40,
-              long_side=112, scales=(1.0, 0.86))  # towers of 5 blocks, of which all but CLIP's last are read; pictures of 96 pixels, enlarged
+SHAPES = dict(clip="shapes", static_maps=4, dynamic_maps=4, box_fraction=0.2, cam_skip=0, fuse_blocks=None, depth=1,
+              max_iters=300, batch_size=8, lr=1e-3, crop_size=112, scale_range=(1.0, 1.4), eval_every=60, eval_images=40,
+              long_side=112, scales=(1.0, 0.86))  # towers of 5 blocks, all but CLIP's last are read; pictures of 96 pixels
 
 
 class Rungs(NamedTuple):
@@ -320,7 +320,7 @@ class WeCLIP:
 
     rows = {"voc": WeCLIPConfig(),
             "coco": WeCLIPConfig(box_fraction=0.7, dynamic_maps=10, dynamic_from=40_000, max_iters=80_000, eval_every=10_000),
-            "shapes": WeCLIPConfig(**SHAPES, dynamic_from=450)}
+            "shapes": WeCLIPConfig(**SHAPES, dynamic_from=150)}
     with_masks = {}  # numbers that are others where masks are given to learn from
     rungs = ("CAM", "refined", "pseudo label")
 
@@ -494,7 +494,7 @@ class WeCLIPPlus(WeCLIP):
     rows = {"voc": WeCLIPPlusConfig(),
             "coco": WeCLIPPlusConfig(box_fraction=0.7, dynamic_maps=8, self_label_after=40_000, max_iters=80_000, batch_size=8,
                                      cam_skip=0, eval_every=10_000),
-            "shapes": WeCLIPPlusConfig(**SHAPES, dino="shapes", self_label_after=540)}
+            "shapes": WeCLIPPlusConfig(**SHAPES, dino="shapes", self_label_after=180)}
     with_masks = {"self_label_after": None}  # nothing is surer than a mask
 
     @classmethod

@@ -29,7 +29,7 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait must not take the cores from others
@@ -43,23 +43,28 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # our folder, wherever we are started from
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # our folder, wherever we are started from
 data = import_module("01_data")
 backbone = import_module("02_backbone")
 cam = import_module("03_cam")
 decoder = import_module("04_decoder")
 
 DEFAULT_METHOD = "weclip+"
+COMMAND = {"dataset": None, "method": DEFAULT_METHOD, "data_path": None, "masks": None, "split": None, "background": None,
+           "seed": 0, "amp": False}  # what a run is told beside the numbers of its row; its checkpoint keeps it
 SAVE_EVERY = 500  # steps, between evaluations
 PREVIEW_ROWS = 4
 PATIENCE = timedelta(minutes=10)  # how long a process waits for one that neither answers nor ends; others end at once
 MAY_CHANGE = {"max_iters", "eval_every", "long_side"}  # when a run is resumed. max_iters moves the learning rate's end too
 ENDINGS = {  # what torch says when something outside of the run has ended it -> what that means
     "DataLoader worker": "a loader process died; if memory ran out, take fewer with -j",
+    "DataLoader timed out": "no loader process has given a batch for ten minutes; -j 0 does without them",
     "gloo": "another process of the run has ended or cannot be reached, its own message says why",
     "NCCL": "another process of the run has ended or cannot be reached, its own message says why",
     "out of memory": "the device has not enough memory; take a smaller -b"}
 CURVE_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: safe for the colour-blind
+LOCKS = []  # of the folders that are ours
 MULTI_PAR = "multi-scale + PAR"  # not the papers', who use a dense CRF, which needs a compiler
 
 
@@ -126,7 +131,11 @@ def evaluate(method, dataset, indices: Sequence[int], everything: bool = False, 
     for index in tqdm(indices[rank::world], desc="evaluating", disable=None if rank == 0 else True, leave=False):
         if stop is not None and stop.requested:
             break
-        item = dataset[index]
+        try:
+            item = dataset[index]
+        except data.DataError as error:
+            print(f"not scored: {error}", flush=True)
+            continue
         found = climb(method, item["image"].to(method.device), item["labels"], everything, amp)
         for rung, matrix in matrices.items():
             matrix += data.confusion_matrix(item["mask"], found.labels[rung].cpu(), classes)
@@ -178,7 +187,10 @@ def draw_preview(method, samples: list, amp: torch.dtype | None, path: Path) -> 
     was_training = method.model.training
     method.model.eval()
     for sample in samples:
-        image, truth = data.load_pair(sample, info.num_classes, sample.mask is not None)
+        try:
+            image, truth = data.load_pair(sample, info.num_classes, sample.mask is not None)
+        except data.DataError:  # named where it is scored
+            continue
         item = data.as_item(sample, image, None, info.num_classes)
         found = climb(method, item["image"].to(method.device), item["labels"], True, amp)
         labels = {rung: x.cpu().numpy() for rung, x in found.labels.items() if rung not in found.maps}
@@ -292,21 +304,42 @@ class Log:
                                  "--resume") from error
 
 
-def output_folder(args: argparse.Namespace, name: str) -> Path:
-    """--output-dir, else that of the run that is resumed, else runs/NAME-METHOD.
+def reserve_folder(args: argparse.Namespace, name: str) -> Path:
+    """The folder of this run: --output-dir, else that of the run that is resumed, else runs/NAME-METHOD[-2, -3, ...].
 
-    None goes where another run lies: a new one to runs/NAME-METHOD-2 then, and so on.
-    Raises  data.DataError  if --output-dir holds a run that is not resumed
+    It is ours from now on until this process ends, however that happens: another training that is started meanwhile takes
+    another one, or is refused.
+    Raises  data.DataError  if it holds a run that is not resumed, or belongs to one that is running
     """
     resumed = Path(args.resume).parent if args.resume not in (None, "last") else None
     folder = Path(args.output_dir or resumed or f"runs/{name}-{args.method}{'-masks' * bool(args.masks)}")
     goes_on = args.resume == "last" or (resumed and resumed.resolve() == folder.resolve())
-    if goes_on or not (folder / "last.pt").exists():
+    if args.output_dir or goes_on:
+        if (folder / "last.pt").exists() and not goes_on:
+            raise data.DataError(f"{folder} holds a run already; go on with it by --resume, or choose another --output-dir")
+        if not locked(folder):
+            raise data.DataError(f"{folder} belongs to a training that is running; choose another --output-dir")
         return folder
-    if args.output_dir:
-        raise data.DataError(f"{folder} holds a run already; go on with it by --resume, or choose another --output-dir")
     others = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
-    return next(other for other in others if not (other / "last.pt").exists())
+    return next(place for place in chain([folder], others) if not (place / "last.pt").exists() and locked(place))
+
+
+def locked(folder: Path) -> bool:
+    """Could we lock this folder, which is made if need be? The system gives it back when the process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "a")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        return False
+    LOCKS.append(lock)  # stays open as long as we live
+    return True
 
 
 def open_output(output: Path, settings: dict, progress: dict) -> tuple[Log, Log]:
@@ -395,6 +428,8 @@ def settle(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
         sum_over_processes(torch.zeros(1))
     cfg = method.cfg
     method.cfg = cfg = replace(cfg, batch_size=(args.batch_size or max(1, cfg.batch_size // world)) * world)
+    if split == "val":
+        print("warning: val is what is scored; what is trained on it has no score that counts", file=sys.stderr)
     patch = backbone.patch_size(method.clip)
     if "crop_size" in args.options and cfg.crop_size % patch:
         lower = cfg.crop_size // patch * patch
@@ -406,7 +441,7 @@ def settle(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
                              f"({world} processes); take a smaller -b, or more images")
     masks = args.masks
     if masks not in (None, "truth"):
-        masks = f"{masks}, check sum {data.check_sum(Path(s.mask).read_bytes() for s in samples if s.mask)}"
+        masks = f"{Path(masks).resolve()}, check sum {data.check_sum(Path(s.mask).read_bytes() for s in samples if s.mask)}"
     identity = {"method": args.method, "dataset": info.name, "classes": list(info.classes), "prompts": list(info.prompts),
                 "background": list(info.background), "split": split, "masks": masks, "seed": args.seed, "amp": args.amp,
                 "samples": f"{len(samples)} images, check sum {data.check_sum([repr(learned_from).encode()])}",
@@ -414,10 +449,11 @@ def settle(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
     return method, root, samples, identity
 
 
-def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> None:
+def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> int:
     """The whole of a training: what it needs is checked first, then step after step; see `train_step` for the method.
 
-    stop  asked after each step, and before each image of an evaluation: the run then saves and returns
+    stop  asked after each step, while a batch is waited for, and before each image of an evaluation: the run then saves
+    ->    exit status: 0, or 128 + the number of the signal that has stopped it
     """
     rank, world = rank_and_world()
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
@@ -425,30 +461,39 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     method, root, samples, identity = settle(args, device, world)
     info, cfg, model = method.info, method.cfg, method.model.train()
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
-    output = output_folder(args, root.resolve().name if info.name == "folder" else info.name)
+    place = [str(reserve_folder(args, root.resolve().name if info.name == "folder" else info.name))] if rank == 0 else [None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(place)
+    output = Path(place[0])
     progress = {"step": 0, "evaluated": 0, "best": -1.0}  # steps made, the last one that was scored, its best score
     if args.resume:
         path = output / "last.pt" if args.resume == "last" else Path(args.resume)
         progress = resume(path, identity, method, optimizer)
         if not (output / "best.pt").exists():  # another folder than before: the next one is the best there
             progress.update(best=-1.0, evaluated=min(progress["evaluated"], progress["step"] - 1))
-    start, labels = progress["step"], data.describe(samples)
+    start, broken, described = progress["step"], set(), data.describe(samples)
+    if start > cfg.max_iters:
+        raise data.DataError(f"{path} has made {start} steps already, more than --max-iters {cfg.max_iters}")
     train_set = data.TrainDataset(samples, info.num_classes, cfg.crop_size, args.seed, bool(args.masks), cfg.scale_range)
     draws = data.draw_batches(start, cfg.max_iters, cfg.batch_size // world, rank, world)
     batches = iter(DataLoader(train_set, batch_sampler=draws, num_workers=args.workers,
-                              worker_init_fn=live_as_long_as_the_training, pin_memory=device.type == "cuda"))
+                              worker_init_fn=live_as_long_as_the_training, collate_fn=data.collate,
+                              timeout=PATIENCE.total_seconds() if args.workers else 0))
     val_samples = data.list_samples(info, root, "val")
     with_masks = [sample for sample in val_samples if sample.mask]
     val_set = data.EvalDataset(with_masks, info.num_classes) if with_masks else None
     if rank == 0:
-        settings = {**identity, "labels": labels, "config": asdict(cfg), "processes": world, "data_path": str(root),
+        settings = {**identity, "labels": described, "config": asdict(cfg), "processes": world, "data_path": str(root),
                     "torch": torch.__version__}
         log, score_log = open_output(output, settings, progress)
     trained = sum(p.numel() for p in model.parameters())
     say(f"{args.method} on {info.name}, {f'masks: {args.masks}' if args.masks else 'image-level labels'}; {identity['split']}: "
-        f"{labels}; {train_set.skipped} skipped\n"
+        f"{described}; {train_set.skipped} skipped\n"
         f"{trained:,} trained parameters on {device} x {world}, {cfg.batch_size} images per step, "
         f"steps {start} to {cfg.max_iters}, learning rate {cfg.lr:g} -> {output}")
+    looked = [data.inspect(sample, info.num_classes)[1] for sample in with_masks[:50]] if rank == 0 else []
+    if warning := data.contradiction(sum(looked), len(looked)):
+        say(f"warning: of the first {len(looked)} masks of val, {warning}")
     if not val_set:
         say(f"nothing is scored: none of {len(val_samples)} images of val has a mask"
             + ("; `python 01_data.py coco` writes them" if info.name == "coco" else ""))
@@ -457,12 +502,16 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
         method.network = DistributedDataParallel(model)
     amp = backbone.half_precision(device) if args.amp else None
 
+    told = {key: getattr(args, key) for key in COMMAND} | {"data_path": str(root.resolve())}
+    told |= {"dataset": told["data_path"]} if info.name == "folder" else {}
+    told |= {"masks": str(Path(args.masks).resolve())} if args.masks not in (None, "truth") else {}
+
     def save(name: str) -> None:
         if not all(weight.isfinite().all() for weight in model.parameters()):  # in all processes alike
             raise data.DataError(f"step {progress['step']}: weights are not finite any more, {output / name} is left as it "
                                  "was; start again with a smaller --lr")
         if rank == 0:
-            checkpoint = {**identity, "config": asdict(cfg), **progress, "model": model.state_dict(),
+            checkpoint = {**identity, "command": told, "config": asdict(cfg), **progress, "model": model.state_dict(),
                           "optimizer": optimizer.state_dict()}
             write_atomically(output / name, partial(torch.save, checkpoint))
 
@@ -492,23 +541,35 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
                                               for rung in all_rungs(method)})
                 draw_curves(output).save(output / "preview" / "curves.png")
             save("last.pt")
-            say(f"mIoU at step {step}: " + "   ".join(f"{r} {100 * s['miou']:.1f}" for r, s in result.items()))
+            note = data.without_truth(result, info)
+            say(f"mIoU at step {step}: " + "   ".join(f"{r} {100 * s['miou']:.1f}" for r, s in result.items())
+                + (note and f"   ({note})"))
             if last and rank == 0:
                 data.print_scores(result, info, f"{len(val_set)} images of val")
         if last:
             checkpoint = output / ("best.pt" if val_set else "last.pt")
-            rest = f" --data-path {root}" if info.name != "shapes" or args.data_path else ""
-            say(f"\nlook at {output / 'preview'}, then:\n    python 06_infer.py {checkpoint}{rest if val_set else ' PICTURE'}")
-            return
+            rest = ("--data-path", root) if val_set and (info.name != "shapes" or args.data_path) else ()
+            if broken:
+                say(f"{len(broken)} training pictures were passed over, see above")
+            what = [*rest, *(() if val_set else ("PICTURE",))]
+            say(f"\nlook at {output / 'preview'}, then:\n    {data.command(HERE / '06_infer.py', checkpoint, *what)}")
+            return 0
 
         clock = time.perf_counter()
         torch.manual_seed(hash((args.seed, step, rank)))  # dropout of a step depends on nothing but these: runs resume
         try:
-            batch = next(batches)
-            masks = batch["mask"].to(device).long() if args.masks else None
-            images = batch["image"].to(device, non_blocking=True)
-            values = train_step(method, optimizer, images, batch["labels"], step, masks, amp)
-        except data.DataError:  # a picture that cannot be read: all steps so far are whole
+            batch = stop.wait_for(batches, world)
+            if batch is None:
+                break
+            for message in set(chain(*batch["broken"])) - broken:
+                print(f"passed over: {message}", flush=True)
+                broken.add(message)
+            if len(broken) > max(10, len(train_set) / 100):
+                raise data.DataError(f"{len(broken)} of {len(train_set)} training pictures cannot be used, see above")
+            masks = torch.from_numpy(batch["mask"]).to(device).long() if args.masks else None
+            images, labels = torch.from_numpy(batch["image"]).to(device), torch.from_numpy(batch["labels"])
+            values = train_step(method, optimizer, images, labels, step, masks, amp)
+        except data.DataError:  # all steps so far are whole
             save("last.pt")
             raise
         except FloatingPointError as error:
@@ -533,7 +594,8 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
             if rank == 0:
                 draw_curves(output).save(output / "preview" / "curves.png")
     save("last.pt")
-    say(f"stopped after step {progress['step']}; go on with --resume --output-dir {output}")
+    say(f"stopped after step {progress['step']}; go on with:\n    {data.command(HERE / '05_train.py', '--resume', output)}")
+    return 128 + stop.signal if stop.signal else 0
 
 
 def resume(path: Path, identity: dict, method, optimizer: torch.optim.Optimizer) -> dict:
@@ -561,65 +623,116 @@ def resume(path: Path, identity: dict, method, optimizer: torch.optim.Optimizer)
         raise data.DataError(f"{path}: does not fit this run ({error})") from error
 
 
+class Stopped(BaseException):
+    """Raised by a signal, only where nothing is lost by it: while a batch is waited for."""
+
+
 class StopRequest:
     """SIGTERM and the first Ctrl-C let the step end and the run save; the second Ctrl-C interrupts at once."""
 
     def __init__(self):
-        self.requested = False
+        self.signal, self.waiting = 0, False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request)
 
+    @property
+    def requested(self) -> bool:
+        return self.signal > 0
+
     def request(self, number, frame) -> None:
-        self.requested = True
+        self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.waiting:
+            raise Stopped
+
+    def wait_for(self, batches, world: int) -> dict | None:
+        """The next batch, or None if a stop is asked for meanwhile: a loader that hangs must not keep a run from ending.
+
+        Of several processes none may leave alone; there a loader that hangs is given up after PATIENCE.
+        """
+        try:
+            self.waiting = world == 1
+            return next(batches)
+        except Stopped:
+            return None
+        finally:
+            self.waiting = False
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """-> the options below, and `options`: the numbers of the method's row that were given, by their names."""
     p = data.CommandLine(__doc__, "dataset")
-    p.add_argument("dataset", help=f"{', '.join(data.DATASETS)}, or a folder of your own")
-    p.add_argument("--method", default=DEFAULT_METHOD,
-                   help=f"{', '.join(decoder.HERE_ARE)}, or the name of a file in methods/ (default: %(default)s)")
+    p.add_argument("dataset", nargs="?", help=f"{', '.join(data.DATASETS)}, or a folder of your own")
+    p.add_argument("--method", help=f"{', '.join(decoder.HERE_ARE)}, or the name of a file in methods/ (default: {DEFAULT_METHOD})")
     p.add_argument("--data-path", metavar="DIR", help="where the data lies (default: data/NAME)")
     p.add_argument("--output-dir", metavar="DIR", help="default: runs/NAME-METHOD[-masks]")
-    p.add_argument("--resume", nargs="?", const="last", metavar="FILE", help="go on from FILE, or from OUTPUT/last.pt")
+    p.add_argument("--resume", nargs="?", const="last", metavar="RUN",
+                   help="go on with the run in this folder, or from this file; what it was told need not be told again")
     p.add_argument("--masks", metavar="truth|DIR", help="learn from true masks, or from DIR/NAME.png, instead of pseudo labels")
     p.add_argument("--split", help="training split (default: train_aug for voc, else train)")
     p.add_argument("--background", nargs="+", metavar="WORD", help="background words instead of the data set's")
     p.add_argument("-b", "--batch-size", type=data.count, metavar="N",
                    help="images per step and process (default: the row's, shared among the processes)")
     p.add_argument("-j", "--workers", type=data.natural, metavar="N", default=2, help="loader processes (default: %(default)s)")
-    p.add_argument("--seed", type=data.natural, metavar="N", default=0, help="default: %(default)s")
-    p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="encoders in half precision (default: no)")
+    p.add_argument("--seed", type=data.natural, metavar="N", help="default: 0")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="encoders in half precision (default: no)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     p.add_argument("--print-freq", type=data.count, metavar="N", default=50, help="steps between lines (default: %(default)s)")
     p.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
     first = argparse.ArgumentParser(add_help=False)  # which row's numbers are options?
-    first.add_argument("--method", default=DEFAULT_METHOD)
-    method = first.parse_known_args(argv)[0].method
+    first.add_argument("--method")
+    first.add_argument("--resume", nargs="?", const="last")
+    first.add_argument("--output-dir")
+    known = first.parse_known_args(data.dashed(argv))[0]
+    told = resumed_command(known)
+    method = known.method or told.get("method") or DEFAULT_METHOD
+    if method != told.get("method"):
+        told.pop("options", None)  # numbers of another row; that the methods differ is said later
     names = decoder.add_row_options(p, type(decoder.method_class(method).rows["voc"]), leave_out=("batch_size",))
     p.epilog = textwrap.fill(f"and each number of the method's row; of {method}: --" + " --".join(names).replace("_", "-"), 125)
     args = p.parse_args(argv)
     if args.supervised:
         raise data.DataError("--supervised is now --masks truth")
-    args.options = decoder.chosen_options(args, names)
+    if args.dataset not in (None, told.get("dataset")):
+        told.pop("data_path", None)  # of other data; that the runs differ is said later
+    for key, value in COMMAND.items():
+        if getattr(args, key) is None:
+            setattr(args, key, told.get(key, value))
+    if args.dataset is None:
+        p.error(f"which data? {', '.join(data.DATASETS)}, or a folder of your own; or --resume RUN")
+    args.resume, args.options = known.resume, told.get("options", {}) | decoder.chosen_options(args, names)
     return args
+
+
+def resumed_command(known: argparse.Namespace) -> dict:
+    """What the run that --resume or --output-dir names was told; {} if neither names one. A folder becomes its last.pt."""
+    if known.resume is None or (known.resume == "last" and known.output_dir is None):
+        return {}
+    path = Path(known.output_dir if known.resume == "last" else known.resume)
+    path = path / "last.pt" if path.is_dir() or known.resume == "last" else path
+    known.resume = known.resume if known.resume == "last" else str(path)
+    checkpoint = decoder.read_checkpoint(path)
+    return {**checkpoint.get("command", {}), "method": checkpoint["method"],
+            "options": dict(checkpoint["config"])}
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = start_processes(args.device)
     try:
-        run(args, device, StopRequest())
+        status = run(args, device, StopRequest())
     except RuntimeError as error:
         meaning = next((text for sign, text in ENDINGS.items() if sign in str(error)), None)
         if meaning is None:
             raise
         raise data.DataError(f"process {rank_and_world()[0]}: {meaning} ({str(error).splitlines()[0]}). What was saved last "
                              "is whole; go on with --resume") from error
+    finally:
+        while LOCKS:
+            LOCKS.pop().close()
     if dist.is_initialized():
         dist.destroy_process_group()  # not after an error: it would wait for processes that are gone
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -64,8 +64,7 @@ def segment(method, sample, args: argparse.Namespace) -> tuple[Segmented, tuple 
     Raises  data.DataError  if a file cannot be used
     """
     info = method.info
-    image = data.load_image(sample.image, as_displayed=bool(args.images))  # masks of a split fit the stored pixels
-    truth = data.load_mask(sample.mask, info.num_classes, image.shape[:2]) if sample.mask else None
+    image, truth = data.load_pair(sample, info.num_classes, sample.mask is not None)
     item = data.as_item(sample, image, truth, info.num_classes)
     pixels, wanted = item["image"].to(method.device), rung_name(args.scales, args.flip)
     kept = [0, *(1 + c for c in range(len(info.classes)) if not args.with_labels or c in sample.labels)]
@@ -124,7 +123,7 @@ def segment_pictures(method, args: argparse.Namespace) -> int:
     """Palette PNG, overlay and a line of text for each picture of one's own. -> how many files could not be used."""
     info, failed, files = method.info, 0, data.picture_files(args.images)
     results = data.result_files(files, args.output_dir, (".png", "_overlay.png"))
-    samples = [data.Sample(file.stem, str(file), None, (), "none") for file in files]
+    samples = [data.Sample(file.stem, str(file), None, (), "none", as_displayed=True) for file in files]
     for (sample, found), (prediction, overlay) in zip(segment_all(method, samples, args), results):
         if isinstance(found, data.DataError):
             complain(found)
@@ -168,6 +167,9 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
         raise data.DataError(f"{args.split} has no image-level labels, which --cams and --with-labels need; take another "
                              "--split")
     output = Path(args.output_dir or Path(args.checkpoint).parent / args.split)
+    keep_to_settings(output, {"checkpoint": str(Path(args.checkpoint).resolve()), "step": checkpoint["step"], "split": args.split,
+                              "scales": list(args.scales), **{key: getattr(args, key) for key in (
+                                  "flip", "crf", "par", "with_labels")}, "amp": str(args.amp)})
     folders = {rung: output / rung.replace(" ", "_") for rung in method.rungs if args.cams}
     (output / "predictions").mkdir(parents=True, exist_ok=True)
     summary = data.describe(samples)
@@ -209,6 +211,16 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
     elif args.submit:
         write_submission(args.submit, output / "predictions", done)
     return len(failed)
+
+
+def keep_to_settings(output: Path, settings: dict) -> None:
+    """OUTPUT/settings.json says how the predictions there are made. Raises data.DataError if it says something else."""
+    path = output / "settings.json"
+    if path.exists() and (before := json.loads(data.read_text(path))) != settings:
+        changed = ", ".join(f"{key} {before.get(key)}" for key in settings if before.get(key) != settings[key])
+        raise data.DataError(f"{output} holds predictions that were made otherwise ({changed}); choose another --output-dir")
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings), encoding="utf-8")
 
 
 def describe(args: argparse.Namespace, cfg) -> str:
@@ -271,8 +283,11 @@ def main(argv: list[str] | None = None) -> int:
     device = backbone.choose_device(args.device)
     args.amp = backbone.half_precision(device) if args.amp else None
     checkpoint = decoder.read_checkpoint(args.checkpoint)
-    if args.submit and checkpoint["dataset"] != "voc":
-        raise data.DataError(f"{args.checkpoint}: trained on {checkpoint['dataset']}; --submit is for VOC's server")
+    if args.submit and (checkpoint["dataset"], args.split) != ("voc", "test"):
+        raise data.DataError(f"{args.checkpoint}: trained on {checkpoint['dataset']}; --submit is for VOC's server, which wants "
+                             f"--split test, not {args.split}")
+    if args.submit and not Path(args.submit).absolute().parent.is_dir():
+        raise data.DataError(f"{Path(args.submit).absolute().parent}: no such folder for --submit; make it first")
     frozen = {what: getattr(args, what) for what in ("clip", "dino") if getattr(args, what)}
     method = decoder.restore(checkpoint, args.checkpoint, frozen, device)
     args.scales = tuple(args.scales or method.cfg.scales)

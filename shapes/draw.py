@@ -25,9 +25,8 @@ def _mirror(points: list) -> list:
 _WING = [(0, -.1), (-.3, -.8), (-.95, -.9), (-1, -.2), (-.5, .1)]
 _UNDERWING = [(0, 0), (-.6, .12), (-.85, .6), (-.4, .9)]
 
-# Facets of each figure in the order of painting: (brightness of the paper, corners in [-1, 1], y downwards). What is
-# brighter than PLAIN bears the print of the class: it tells the class at a glance, and covers a part of the figure only.
-PLAIN = 0.8
+# Facets of each figure in the order of painting: (brightness of the paper, corners in [-1, 1], y downwards). All of them bear
+# the print of the class: there is no part of a figure that does not tell it.
 FIGURES = {
     "boat": [(.70, [(-1, .3), (1, .3), (.55, .9), (-.55, .9)]), (.60, [(-.3, -1), (-.18, -1), (-.18, .35), (-.3, .35)]),
              (.85, [(-.18, -1), (-.18, .3), (.95, .3)]), (1.0, [(-.3, -.75), (-.3, .3), (-.85, .3)])],
@@ -132,18 +131,16 @@ def paint_figure(rng: np.random.Generator, image: np.ndarray, facets: list, cent
     matrix = radius * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     matrix = matrix * rng.uniform(.85, 1.15, 2) * (rng.choice([-1, 1]), 1)
     canvas = Image.new("RGBA", (4 * reach, 4 * reach), (*paper.astype(int), 0))  # twice the size: smooth edges
-    printed = Image.new("L", canvas.size)
-    pen, press = ImageDraw.Draw(canvas), ImageDraw.Draw(printed)
+    pen = ImageDraw.Draw(canvas)
     for shade, corners in facets:
         points = [tuple(p) for p in 2 * (np.array(corners) @ matrix.T + centre - (left, top))]
         pen.polygon(points, fill=(*(paper * shade).astype(int), 255))
-        press.polygon(points, fill=255 * (shade > PLAIN))
-    small = [np.asarray(x.resize((2 * reach, 2 * reach), Image.Resampling.BOX), dtype=np.float32) for x in (canvas, printed)]
-    layer, light = small[0], 1 + rng.normal(0, .03, small[1].shape)
+    layer = np.asarray(canvas.resize((2 * reach, 2 * reach), Image.Resampling.BOX), dtype=np.float32)
+    light = 1 + rng.normal(0, .03, layer.shape[:2])
     if name is not None:
         pixels = np.moveaxis(np.mgrid[top:top + 2 * reach, left:left + 2 * reach], 0, -1)[..., ::-1]  # (y, x) -> (x, y)
         cells = (pixels - centre) @ np.linalg.inv(matrix / radius).T / rng.uniform(8, 11) + rng.uniform(0, 1, 2)
-        light = light * np.where(_print(name, cells[..., 0], cells[..., 1]), 1 + (ink - 1) * small[1] / 255, 1)
+        light = light * np.where(_print(name, cells[..., 0], cells[..., 1]), ink, 1)
     shadow = Image.fromarray(layer[..., 3].astype(np.uint8)).filter(ImageFilter.GaussianBlur(2))
     shadow = np.roll(np.asarray(shadow, dtype=np.float32), (2, 2), (0, 1))
     part *= 1 - .45 * shadow[inside][..., None] / 255

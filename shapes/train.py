@@ -34,13 +34,16 @@ draw = import_module("shapes.draw")
 clip = backbone.clip
 
 PATCH, GRID, WIDTH, DEPTH = 8, 12, 128, 5  # pixels; patches of a 96-pixel image; both towers; 2 heads of 64 each
-SEEDS = {"tiles": 7, "clip": 11, "dino": 21}
-CLIP_ROUNDS = (600, 1200, 1200, 1200)  # steps; each round warms up anew
+SEEDS = {"tiles": 7, "scenes": 31, "clip": 11, "dino": 21}  # the data set has 0
+ROUNDS = (600, 1200, 1200, 1200)  # steps on tiles; each round warms up anew
+LAST_ROUND = 900                  # steps on tiles that name their ground too, and on scenes
 DINO_STEPS = 2400
-TILES = 6000  # drawn once in each of two sizes
-NAMES = (*data.SHAPES_CLASSES, *data.SHAPES_BACKGROUND)  # what a tile's caption can name
-LAYOUTS = ((96, 2, 16), (128, 2, 9), (96, 1, 16), (72, 1, 28))  # pixels, tiles per side, mosaics per step
-CHANCES = torch.tensor([.5, .15, .25, .1])
+STOCK = 6000  # scenes, and tiles in each of two sizes
+NAMES = (*data.SHAPES_CLASSES, *data.SHAPES_BACKGROUND)  # what a caption can name
+FIGURES = len(data.SHAPES_CLASSES)  # these come first
+LAYOUTS = ((96, 2, 16), (128, 2, 9), (96, 1, 16), (72, 1, 28), (144, 3, 7), (96, 0, 16), (112, 0, 12))  # pixels, tiles per
+# side (0: a whole scene), pictures per step; and how often each comes, first and in the last round
+TILES_ONLY, WITH_SCENES = torch.tensor([.5, .15, .25, .1, 0, 0, 0]), torch.tensor([.15, .1, .1, 0, .25, .2, .2])
 OFFSETS = [(0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1)]  # patches (down, right), head by head
 MEAN, STD = (torch.tensor(x)[:, None, None] for x in (data.IMAGE_MEAN, data.IMAGE_STD))
 
@@ -89,15 +92,29 @@ def draw_tile(rng: np.random.Generator, size: int, kind: str, figure: str | None
 
 
 def tile_pool(seed: int, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A stock of tiles: (count, 3, size, size) uint8, and what the caption of each names, (count,) index into NAMES."""
+    """A stock of tiles: (count, 3, size, size) uint8, and what the caption of each names, (count, NAMES) shares: one half
+    each for the figure and for the ground beside it, all of it for a ground alone."""
     rng = np.random.default_rng(seed)
-    tiles, names = torch.empty(count, 3, size, size, dtype=torch.uint8), torch.empty(count, dtype=torch.long)
+    tiles, named = torch.empty(count, 3, size, size, dtype=torch.uint8), torch.zeros(count, len(NAMES))
     for i in range(count):
-        figure, kind = int(rng.integers(-3, len(data.SHAPES_CLASSES))), int(rng.integers(len(data.SHAPES_BACKGROUND)))  # < 0: none
-        tile = draw_tile(rng, size, NAMES[len(data.SHAPES_CLASSES) + kind], NAMES[figure] if figure >= 0 else None)
+        figure, kind = int(rng.integers(-3, FIGURES)), FIGURES + int(rng.integers(len(NAMES) - FIGURES))  # < 0: none
+        tile = draw_tile(rng, size, NAMES[kind], NAMES[figure] if figure >= 0 else None)
         tiles[i] = torch.from_numpy(tile).permute(2, 0, 1)
-        names[i] = figure if figure >= 0 else len(data.SHAPES_CLASSES) + kind
-    return tiles, names
+        named[i, kind] = 1
+        if figure >= 0:
+            named[i, [figure, kind]] = .5
+    return tiles, named
+
+
+def scene_pool(seed: int, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A stock of whole pictures as in the data set, of another seed: (count, 3, size, size) uint8, and which figures each
+    shows, (count, FIGURES) bool. The masks are thrown away, and which grounds a picture has is not told."""
+    scenes, shown = torch.empty(count, 3, size, size, dtype=torch.uint8), torch.zeros(count, FIGURES, dtype=torch.bool)
+    for i in range(count):
+        image, mask = draw.scene(seed, i, size)
+        scenes[i] = torch.from_numpy(image).permute(2, 0, 1)
+        shown[i, list(data.mask_labels(mask))] = True
+    return scenes, shown
 
 
 def recolour(tiles: torch.Tensor, gen: torch.Generator, low: float, span: float, noise: float = 0) -> torch.Tensor:
@@ -216,44 +233,62 @@ def clip_patches(model: nn.Module, images: torch.Tensor, dropped: torch.Tensor) 
     return visual.ln_post(x)[:, 1:].mT.unflatten(2, grid)
 
 
-def clip_step(model: nn.Module, captions: torch.Tensor, pools: dict, gen: torch.Generator) -> tuple[torch.Tensor, float]:
-    """One batch of mosaics -> its loss, and the share of tiles whose caption is found."""
-    size, g, batch = LAYOUTS[int(torch.multinomial(CHANCES, 1, generator=gen))]
-    tiles, names = pools[g]
-    pick = torch.randint(len(tiles), (batch, g * g), generator=gen)
-    x, wanted = tiles[pick.flatten()].float(), names[pick]
+def clip_step(model: nn.Module, captions: torch.Tensor, pools: dict, last_round: bool,
+              gen: torch.Generator) -> tuple[torch.Tensor, float]:
+    """One batch of mosaics or of scenes -> its loss, and the share of tiles or scenes of which a name is found."""
+    size, g, batch = LAYOUTS[int(torch.multinomial(WITH_SCENES if last_round else TILES_ONLY, 1, generator=gen))]
+    stock, named = pools[min(g, 2)]
+    side = max(g, 1)
+    pick = torch.randint(len(stock), (batch, side * side), generator=gen)
+    x, wanted = stock[pick.flatten()].float(), named[pick]
     x = torch.where(torch.rand(len(x), generator=gen)[:, None, None, None] < .5, x.flip(-1), x)
-    x = recolour(resize(x, size // g), gen, .8, .4).unflatten(0, (batch, g * g))
+    x = recolour(resize(x, size // side), gen, .8, .4).unflatten(0, (batch, side * side))
     patches = clip_patches(model, mosaics(x), dropped=torch.rand(batch, generator=gen) < .5)
-    embedded = take_apart(patches, g).mean((3, 4)) @ model.visual.proj  # (B, g*g, E)
+    embedded = take_apart(patches, side).mean((3, 4)) @ model.visual.proj  # (B, g*g, E)
     text = model.logit_scale.exp() * F.normalize(model.encode_text(captions), dim=-1)
     logits = F.normalize(embedded, dim=-1) @ text.T
-    whole = F.normalize(embedded.mean(dim=1), dim=-1) @ text.T
-    loss = (F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
-            + .5 * F.cross_entropy(whole, F.one_hot(wanted, len(NAMES)).float().mean(dim=1)))
-    return loss, (logits.argmax(dim=-1) == wanted).float().mean().item()
+    found = logits[..., :wanted.shape[-1]].argmax(dim=-1, keepdim=True)
+    if g == 0:  # half for the figures, alike, half for some ground, whichever
+        logs = logits[:, 0].log_softmax(dim=-1)
+        shares = wanted[:, 0] / wanted[:, 0].sum(dim=1, keepdim=True)
+        loss = -((shares * logs[:, :FIGURES]).sum(dim=1) + logs[:, FIGURES:].logsumexp(dim=1)).mean() / 2
+    else:
+        if not last_round:  # the figure alone, where there is one
+            figure = 2 * wanted[..., :FIGURES]
+            wanted = torch.cat([figure, wanted[..., FIGURES:] * (figure.sum(dim=-1, keepdim=True) == 0)], dim=-1)
+        whole = F.normalize(embedded.mean(dim=1), dim=-1) @ text.T
+        loss = (F.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1))
+                + .5 * F.cross_entropy(whole, wanted.mean(dim=1)))
+    return loss, (wanted.gather(-1, found) > 0).float().mean().item()
 
 
 def train_clip(seed: int, rounds: tuple[int, ...], pools: dict) -> nn.Module:
     """Contrast of pictures with all captions of the world. Pooling is the patch mean, which is what the CAM explains.
 
-    Each tile has one right caption; a whole mosaic has those of all its tiles, each equally right. The second makes an
-    image with several figures believe in all of them: otherwise the CAM of the weaker one lights up the ground.
+    At first a tile's caption names its figure, or its ground if there is none: that is what makes a patch speak for itself.
+    (Trained from the beginning as in the last round, for as long, patches tell the scene: raw CAMs are at 40, not 60.) A whole
+    mosaic has the captions of all its tiles: that makes an image with several figures believe in all of them; otherwise the
+    CAM of the weaker one lights up the ground. In the last round a tile names its ground too, one half each: a ground that
+    is never named beside a figure is read as that figure, and the CAM lights up there. Scenes then teach how figures lie in
+    the pictures of the data set. Theirs are the labels that the method is given, and no more.
     """
     model = new_clip(seed).train()
     captions = clip.tokenize([data.TEMPLATE.format(name) for name in NAMES])
     for number, steps in enumerate(rounds, 1):
-        gen, optimizer = torch.Generator().manual_seed(seed + number), Optimizer(steps, model)
-        start, right = time.time(), 0.
-        for step in range(steps):
-            loss, hits = clip_step(model, captions, pools, gen)
-            loss.backward()
-            optimizer.step(step)
-            right = .95 * right + .05 * hits
-            if step % 50 == 49:
-                print(f"CLIP round {number}, step {step + 1}/{steps}  loss {loss.item():.2f}  right captions {right:.0%}  "
-                      f"{time.time() - start:.0f} s", flush=True)
+        clip_round(model, captions, pools, steps, number == len(rounds), torch.Generator().manual_seed(seed + number))
     return model.eval().requires_grad_(False)
+
+
+def clip_round(model: nn.Module, captions: torch.Tensor, pools: dict, steps: int, last_round: bool, gen: torch.Generator) -> None:
+    optimizer, start, right = Optimizer(steps, model), time.time(), 0.
+    for step in range(steps):
+        loss, hits = clip_step(model, captions, pools, last_round, gen)
+        loss.backward()
+        optimizer.step(step)
+        right = .95 * right + .05 * hits
+        if step % 50 == 49:
+            print(f"CLIP {'last ' * last_round}round, step {step + 1}/{steps}  loss {loss.item():.2f}  right names {right:.0%}  "
+                  f"{time.time() - start:.0f} s", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,12 +382,16 @@ def save_dino(model: nn.Module, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=HERE, help="folder for clip.pt and dino.pth (default: beside this file)")
+    p.add_argument("--only", choices=("clip", "dino"), help="one of the two; it comes out the same")
     args = p.parse_args(argv)
     torch.set_num_threads(1)  # the order of sums, and with it the weights, depends on the number of threads
-    pools = {g: tile_pool(SEEDS["tiles"] + g, TILES, GRID * PATCH // g) for g in (1, 2)}  # tiles per side -> stock
+    pools = {g: tile_pool(SEEDS["tiles"] + g, STOCK, GRID * PATCH // g) for g in (1, 2)}  # tiles per side -> stock
+    pools[0] = scene_pool(SEEDS["scenes"], STOCK, GRID * PATCH)
     args.out.mkdir(parents=True, exist_ok=True)
-    save_clip(train_clip(SEEDS["clip"], CLIP_ROUNDS, pools), args.out / "clip.pt")
-    save_dino(train_dino(SEEDS["dino"], DINO_STEPS, pools), args.out / "dino.pth")
+    if args.only != "dino":
+        save_clip(train_clip(SEEDS["clip"], (*ROUNDS, LAST_ROUND), pools), args.out / "clip.pt")
+    if args.only != "clip":
+        save_dino(train_dino(SEEDS["dino"], DINO_STEPS, pools), args.out / "dino.pth")
 
 
 if __name__ == "__main__":

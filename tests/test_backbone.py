@@ -3,6 +3,7 @@
 The oracles are torch's own modules, the clip package and slow loops (slow.py). No file outside this folder is read; the
 numbers of the authors' code are in test_parity.py.
 """
+import hashlib
 from importlib import import_module
 
 import clip
@@ -177,7 +178,7 @@ def test_dino_reads_the_official_keys_of_every_size(name, heads, registers):
 # ------------------------------------------------------------------------------------------------------------- files
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")  # OpenAI's form is an old one
-def test_backbones_survive_a_file_under_their_official_names(clip_state, tmp_path):
+def test_backbones_survive_a_file_under_their_official_names(clip_state, tmp_path, monkeypatch):
     state = golden.dino_state_dict(dict(width=64, layers=1), seed=5, registers=4)
     torch.save(state, tmp_path / "dinov2_vits14_reg4_pretrain.pth")
     model = backbone.load_dino(str(tmp_path / "dinov2_vits14_reg4_pretrain.pth"))
@@ -188,6 +189,9 @@ def test_backbones_survive_a_file_under_their_official_names(clip_state, tmp_pat
     plain = backbone.load_clip(str(tmp_path / "plain.pt"))
     trace_inputs = torch.zeros(1, 3, 32, 32), clip.tokenize(["a cat"])
     torch.jit.save(torch.jit.trace(plain, trace_inputs, check_trace=False), tmp_path / "ViT-B-16.pt")  # OpenAI's form
+    assert len(backbone.openai_sha256()) >= 9 and all(len(digits) == 64 for digits in backbone.openai_sha256())
+    digits = hashlib.sha256((tmp_path / "ViT-B-16.pt").read_bytes()).hexdigest()
+    monkeypatch.setattr(backbone, "openai_sha256", lambda: {digits})
     archive = backbone.load_clip(str(tmp_path / "ViT-B-16.pt"))
     for model in (plain, archive):
         assert not model.training and not any(p.requires_grad for p in model.parameters())

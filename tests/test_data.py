@@ -428,7 +428,7 @@ def test_the_same_views_for_any_number_of_workers_and_after_a_resume(samples):
 def test_items_have_the_shapes_they_promise(samples):
     """Height before width; labels multi-hot without background; the true mask only when asked for."""
     item = data.TrainDataset(samples, 4, 16)[3]
-    assert item.keys() == {"name", "image", "labels"} and item["image"].shape == (3, 16, 16)
+    assert item.keys() == {"name", "image", "labels", "broken"} and item["image"].shape == (3, 16, 16)
     whole = data.EvalDataset(samples, 4)[3]
     assert whole["image"].shape == (3, 23, 30) and whole["mask"].shape == (23, 30)
     assert whole["mask"].dtype == torch.uint8
