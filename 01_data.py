@@ -51,8 +51,8 @@ draw = import_module("shapes.draw")
 IGNORE_INDEX = 255                        # "void" in a mask: no score
 IMAGE_MEAN = (123.675, 116.28, 103.53)    # ImageNet, RGB, in 0..255; for CLIP and DINO alike, as in the released code
 IMAGE_STD = (58.395, 57.12, 57.375)
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM")  # Pillow's names; no other is opened:
-# for EPS it starts Ghostscript, and some others have done harm
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM")  # Pillow's names. It opens others
+# too: for EPS it starts Ghostscript
 
 
 class DataError(Exception):
@@ -204,6 +204,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 def turned(image: Image.Image) -> Image.Image:
     """The picture as people see it. A broken EXIF tag costs the tag and not the picture."""
+    image.load()
     try:
         orientation = image.getexif().get(0x0112)
     except Exception:  # whatever Pillow makes of broken tags
@@ -896,7 +897,7 @@ def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int,
     """Pictures (h, w, 3) uint8 in rows of `columns`, each with a line of text above it."""
     rows = [range(start, min(start + columns, len(pictures))) for start in range(0, len(pictures), columns)]
     sheets = [table_of_pictures([captions[n] for n in row], [([], [fit(pictures[n], side) for n in row])], side) for row in rows]
-    whole = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
+    whole = Image.new("RGB", (columns * (side + 8) + 8, sum(sheet.height for sheet in sheets)), "white")
     for number, sheet in enumerate(sheets):
         whole.paste(sheet, (0, sum(above.height for above in sheets[:number])))
     return whole
