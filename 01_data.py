@@ -1040,13 +1040,13 @@ def report(info: DatasetInfo, root: Path, thorough: bool) -> list[str]:
                 problems.append(f"{len(old)} masks of {split} are older than the json; `python 01_data.py coco` writes them anew")
     if info.name == "folder":
         folder = picture_folder(root)
-        listed = {folder / file for file, _, _ in folder_rows(root)} | {root / "labels.csv"}
-        rest = left_out(path for path in folder.rglob("*") if path.is_file() and path.name[0] != "." and path not in listed
+        listed = {nfc(str(folder / file)) for file, _, _ in folder_rows(root)} | {nfc(str(root / "labels.csv"))}
+        rest = left_out(path for path in folder.rglob("*") if path.is_file() and path.name[0] != "." and nfc(str(path)) not in listed
                         and path.relative_to(root).parts[0] not in ("masks", "predictions"))
         if rest:
             problems.append(f"left out of {folder}: {rest}; wanted pictures that are listed, ending in "
                             + ", ".join(sorted(picture_formats())))
-        made_of = [name for name in info.classes if len(parts := re.split(r"[ ,&+/]+", name)) > 1 and set(parts) <= set(info.classes)]
+        made_of = [name for name in info.classes if len(set(re.split(r"[ ,&+/]+", name)) & {*info.classes} - {name}) > 1]
         if made_of:
             problems.append(f"classes made of other classes: {', '.join(made_of[:10])}; several classes of a picture are "
                             "separated by semicolons: file,class;class")

@@ -56,7 +56,7 @@ COMMAND = {"dataset": None, "method": DEFAULT_METHOD, "data_path": None, "masks"
 SAVE_EVERY = 500  # steps, between evaluations
 PREVIEW_ROWS = 4
 PATIENCE = timedelta(minutes=10)  # how long a process waits for one that neither answers nor ends; others end at once
-MAY_CHANGE = {"max_iters", "eval_every", "long_side"}  # when a run is resumed. max_iters moves the learning rate's end too
+MAY_CHANGE = {"max_iters", "eval_every", "eval_images", "long_side"}  # when a run is resumed. max_iters moves the learning rate's end too
 ENDINGS = {  # what torch says when something outside of the run has ended it -> what that means
     "DataLoader worker": "a loader process died; if memory ran out, take fewer with -j",
     "DataLoader timed out": "no loader process has given a batch for ten minutes; -j 0 does without them",

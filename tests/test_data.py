@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import unicodedata
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -818,3 +819,148 @@ def test_a_workers_error_reaches_the_user_as_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         data.run(fails)
     assert stop.value.code == 2 and capsys.readouterr().err == "error: a.jpg: cannot be read\nsecond line\n"
+
+
+# ---------------------------------------------------------------- nothing is wrong without a word
+
+def own_samples(root: Path, split: str = "train") -> list:
+    return data.list_samples(data.dataset_info(str(root)), root, split)
+
+
+def test_only_the_listed_formats_are_opened_whatever_a_file_is_called(tmp_path):
+    """Each format that Pillow can write, under the name x.jpg: read if it is on the list, else refused by its content."""
+    Image.init()
+    accepted = refused = 0
+    for name in Image.SAVE:
+        try:
+            Image.new("RGB", (8, 8), "red").save(tmp_path / "x.jpg", format=name)
+        except Exception:  # a format of other modes, or one that needs a package
+            continue
+        if name in data.FORMATS or name == "MPO":  # MPO is a JPEG with more pictures behind it
+            assert data.load_image(tmp_path / "x.jpg").shape == (8, 8, 3)
+            accepted += 1
+        elif name not in ("PDF", "XBM"):  # Pillow writes these and does not read them, or as one bit only
+            with pytest.raises(data.DataError, match="x.jpg: cannot be read as a picture"):
+                data.load_image(tmp_path / "x.jpg")
+            refused += 1
+    assert accepted >= 8 and refused >= 5
+    assert set(data.picture_formats().values()) <= set(data.FORMATS) and "EPS" not in data.FORMATS
+
+
+def test_a_picture_whose_content_is_eps_starts_no_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("started a program"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started a program"))
+    (tmp_path / "cat.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(data.DataError, match="cat.jpg: cannot be read as a picture"):
+        data.load_image(tmp_path / "cat.jpg")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_folder_of_ones_own_is_read_as_people_see_it(tmp_path, orientation):
+    """Picture and mask alike, in training and in inference. What is stored is what the EXIF note turns into the shown picture."""
+    shown = np.arange(6 * 4, dtype=np.uint8).reshape(6, 4).repeat(3).reshape(6, 4, 3) * 10
+    note = Image.Exif()
+    note[0x0112] = orientation
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's numbers of what makes the stored from the shown
+    stored = Image.fromarray(shown)
+    stored = stored.transpose(Image.Transpose(turns[orientation])) if orientation > 1 else stored
+    (tmp_path / "images").mkdir()
+    stored.save(tmp_path / "images/a.png", exif=note)
+    mask_file(tmp_path / "masks/a.png", [1], 6, 4)
+    (tmp_path / "labels.csv").write_text("a.png,cat\n")
+    sample = own_samples(tmp_path)[0]
+    image, mask = data.load_pair(sample, 2, True)
+    np.testing.assert_array_equal(image, shown)
+    assert mask.shape == (6, 4) and data.load_image(sample.image).shape[:2] == np.array(stored).shape[:2]
+
+
+@pytest.mark.parametrize("text", [
+    "file,classes\na.png,cat;dog\nb.png,dog", "image\tlabels\na.png\tcat;dog\nb.png\tdog", "a.png;cat|dog\nb.png;dog",
+    "filename,labels\na.png,cat|dog\nb.png,dog"])
+def test_tables_of_others_are_read(tmp_path, text):
+    for name in "ab":
+        picture(tmp_path / f"{name}.png")
+    (tmp_path / "labels.csv").write_text(text)
+    assert [(s.name, s.labels) for s in own_samples(tmp_path)] == [("a", (0, 1)), ("b", (1,))]
+
+
+@pytest.mark.parametrize("cell", ['"{""choices"":[""cat"",""dog""]}"', "cat#dog", '"cat,dog"', "cat,dog"])
+def test_tables_that_are_not_understood_are_refused_with_the_line(tmp_path, cell):
+    (tmp_path / "labels.csv").write_text(f"a.png,cat\nb.png,{cell}\n")
+    with pytest.raises(data.DataError, match="labels.csv, line 2: .* is not file,class;class"):
+        data.dataset_info(str(tmp_path))
+
+
+def test_classes_made_of_other_classes_are_a_problem(tmp_path, capsys):
+    """Separated by spaces each combination became a class of its own."""
+    for name in "abc":
+        picture(tmp_path / f"{name}.png")
+    (tmp_path / "labels.csv").write_text("a.png,scab rust\nb.png,rust\nc.png,scab\n")
+    assert data.main([str(tmp_path), "--check"]) == 1
+    assert "classes made of other classes: scab rust" in capsys.readouterr().out
+
+
+def test_class_folders_below_train_and_val_are_read_and_what_is_left_out_is_named(tmp_path, capsys):
+    """.jfif, .jpe and .avif are pictures too; a .heic is none that Pillow reads, `test` is no class."""
+    for name in ("train/cat/1.jpg", "train/dog/2.jfif", "val/cat/3.jpe", "val/dog/deeper/4.png"):
+        picture(tmp_path / name)
+    (tmp_path / "train/cat/phone.heic").write_bytes(b"ftypheic")
+    info = data.dataset_info(str(tmp_path))
+    assert info.classes == ("cat", "dog")
+    assert [(s.name, s.labels) for s in data.list_samples(info, tmp_path, "val")] == [("val/cat/3", (0,)), ("val/dog/deeper/4", (1,))]
+    assert data.main([str(tmp_path), "--check"]) == 1
+    assert "1 .heic" in capsys.readouterr().out
+
+
+def test_accents_are_one_letter_however_they_are_written(tmp_path):
+    """A Mac unpacks names with two, people type them with one; so are classes."""
+    whole, parts = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    for number in range(2):
+        picture(tmp_path / f"{parts}{number}.png")
+    (tmp_path / "labels.csv").write_text(f"{whole}0.png,{parts}\n{whole}1.png,{whole}\n", encoding="utf-8")
+    assert data.dataset_info(str(tmp_path)).classes == (whole,)
+    assert [Path(s.image).exists() for s in own_samples(tmp_path)] == [True, True]
+
+
+def test_two_records_for_one_thing_are_refused(coco, voc, tmp_path):
+    """The last one won without a word: two records of a file, two files of a name, two classes of one prompt."""
+    path = coco / "annotations/instances_val2014.json"
+    content = json.loads(path.read_text())
+    content["images"].append(content["images"][0] | {"id": 901})
+    path.write_text(json.dumps(content))
+    with pytest.raises(data.DataError, match="two records of .*, one has the id 901"):
+        samples_of("coco", coco, "val")
+    picture(voc / "JPEGImages/a.png")
+    with pytest.raises(data.DataError, match="a.* and a.*: two files of one name"):
+        samples_of("voc", voc, "train")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/labels.csv").write_text("a.png,tree_house\nb.png,tree house\n")
+    with pytest.raises(data.DataError, match="two classes that CLIP reads as tree house"):
+        data.dataset_info(str(tmp_path / "own"))
+
+
+def test_masks_that_contradict_their_labels_are_a_problem_with_its_causes(tmp_path, capsys):
+    """The usual binary masks: 255 for the object, which is void here. The mIoU is silent about the class, and says so."""
+    for number in range(4):
+        picture(tmp_path / f"images/{number}.png")
+        mask_file(tmp_path / f"masks/{number}.png", [0, 0, 255])
+    (tmp_path / "labels.csv").write_text("\n".join(f"{number}.png,fish" for number in range(4)))
+    assert data.main([str(tmp_path), "--check"]) == 1
+    printed = capsys.readouterr().out
+    assert "problem: 4 of 4 masks show other classes than the labels say" in printed and "marked 255, which is void" in printed
+    matrix = torch.tensor([[5, 0], [0, 0]])
+    data.print_scores({"x": data.scores(matrix)}, data.with_prompts("own", ["fish"], []), "val")
+    assert "no pixel of truth, left out of the mIoU: fish" in capsys.readouterr().out
+
+
+def test_coco_masks_from_before_the_json_are_written_anew(coco, capsys):
+    """Annotations were exported again; boxes without a segmentation draw nothing and are refused."""
+    data.main(["coco", "--data-path", str(coco)])
+    mask = coco / "SegmentationClass/val2014/000000000007.png"
+    os.utime(mask, (1, 1))
+    data.main(["coco", "--data-path", str(coco), "--check"])
+    assert "1 masks of val are older than the json" in capsys.readouterr().out
+    data.main(["coco", "--data-path", str(coco)])
+    assert mask.stat().st_mtime > 1
+    with pytest.raises(data.DataError, match="x.json: cannot draw an object .it has a box and no segmentation"):
+        data.coco_mask(12, 16, [(0, [])], Path("x.json"))
