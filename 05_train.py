@@ -527,6 +527,8 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     for step in range(start, cfg.max_iters + 1):
         last = step == cfg.max_iters
         if val_set and (last or step % cfg.eval_every == 0) and progress["evaluated"] < step:
+            if last:
+                say(f"scoring {len(val_set)} pictures, about {len(val_set) * per_image / world / 60:.1f} min")
             found = score(method, val_set, last, amp, stop)
             if found is None:
                 break
