@@ -32,7 +32,8 @@ from importlib import import_module
 from itertools import chain, count
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait must not take the cores from others
+if "OMP_WAIT_POLICY" not in os.environ:  # before torch: threads that wait spin shortly, then leave the cores to others
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

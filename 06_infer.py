@@ -22,7 +22,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait must not take the cores from others
+if "OMP_WAIT_POLICY" not in os.environ:  # before torch: threads that wait spin shortly, then leave the cores to others
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 if __name__ == "__mp_main__":  # a worker of the CRF, started by this file: Ctrl-C ends it at once, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
