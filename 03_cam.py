@@ -237,7 +237,8 @@ def par(images: torch.Tensor, maps: torch.Tensor, iterations: int = 20) -> torch
 
 
 def enlarge(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Maps of patches -> maps of pixels, bilinear: (..., h, w) -> (..., H, W), any number of maps, none included."""
+    """Maps of patches -> maps of pixels, bilinear: (..., h, w) -> (..., H, W), at least one dimension more than two, its maps
+    may be none."""
     flat = maps.flatten(0, -3)[:, None]
     return F.interpolate(flat, size=tuple(size), mode="bilinear", align_corners=False).reshape(*maps.shape[:-2], *size)
 
@@ -246,7 +247,7 @@ def stack_scores(refined: torch.Tensor, pairs: torch.Tensor, batch: int) -> tupl
     """The maps of each image under one another, its background score first.
 
     refined  (P, H, W) in [0, 1)
-    pairs    (P, 2) on the CPU
+    pairs    (P, 2) on the CPU, images in order
     ->       scores (B, 1+K, H, W), K the largest number of classes in an image: background 1 - max over the classes, the
              image's classes, zeros; ids (B, 1+K) label of each map. Without any class the background score is 1
     """

@@ -242,7 +242,7 @@ def self_labels(labels: torch.Tensor, logits: torch.Tensor, above: float) -> tor
 
 
 ABOVE_ZERO = ("max_iters", "batch_size", "lr", "crop_size", "scale_range", "eval_every", "eval_images", "long_side", "scales",
-              "depth")
+              "depth", "logit_scale_divisor", "static_maps", "dynamic_maps", "fuse_blocks")
 
 
 @dataclass(frozen=True)

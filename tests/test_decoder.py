@@ -643,6 +643,9 @@ def test_the_ladder_has_a_label_map_for_each_stage(method, picture):
     found = method.ladder(picture, F.one_hot(ids, 5).sum(dim=0))
     assert list(found.labels) == ["CAM", "refined", "pseudo label", "segmentation"]
     assert list(found.maps) == ["CAM", "refined"]
+    pairs = torch.tensor([(0, 2), (0, 4)])
+    cams, _ = method.cams(method.look(method.network_image(picture), for_labels=True), None, pairs)
+    close(found.maps["CAM"], F.interpolate(cams[None], size=(27, 33), mode="bilinear", align_corners=False)[0])
     assert all(labels.shape == (27, 33) and labels.dtype == torch.long for labels in found.labels.values())
     for rung, maps in found.maps.items():
         best, which = maps.max(dim=0)
