@@ -162,15 +162,17 @@ def bench_cam(args) -> None:
     batches = {k: Batch(args, classes=k).stages() for k in (1, 2, 5)}
 
     def one_by_one(batch):
+        method = batch.method
         for image, target in batch.pairs.tolist():
-            slow.one_cam_at_a_time(batch.method.clip, batch.seen.tokens[-1][image], batch.method.text_fg, batch.method.text_bg,
+            slow.one_cam_at_a_time(method.clip, batch.seen.tokens[-1][image], method.text_fg, method.text_bg,
                                    batch.labels[image].nonzero()[:, 0].tolist(), target, batch.seen.grid, 100.0)
     times = timed(args, {"floor": batches[1].floor}
                   | {f"CAMs, {k} per image": batch.grad_cam for k, batch in batches.items()}
                   | {f"one by one, {k} per image": lambda batch=batches[k]: one_by_one(batch) for k in (1, 2)})
     ratios(times, {"CAMs, 2 per image": "wanted: 0.35"})
     further = (times["CAMs, 5 per image"] - times["CAMs, 2 per image"]) / 3
-    line("a further class, against one by one", f"{further / (times['one by one, 2 per image'] / 2):.2f}", "wanted: below 0.25")
+    line("a further class, against one by one", f"{further / (times['one by one, 2 per image'] / 2):.2f}",
+         "wanted: below 0.25")
 
 
 def bench_par(args) -> None:
@@ -205,7 +207,7 @@ def bench_step(args) -> None:
 
 
 def bench_grow(args) -> None:
-    """What is linear? Floor and WeCLIP step in units of the floor of 4 images of 320 x 320, and the step of its own floor."""
+    """What is linear? Floor and WeCLIP step in units of the floor of 4 images of 320 x 320; the step of its own floor."""
     base = Batch(args)
     for what, batch in ([(f"batch {n}", Batch(args, size=n)) for n in (1, 4, 16)]
                         + [(f"{k} classes", Batch(args, classes=k)) for k in (1, 2, 5)]
@@ -306,7 +308,8 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     args.device = backbone.choose_device(args.device)
     torch.set_num_threads(args.threads)
-    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.processor() or platform.machine()
+    on_gpu = args.device.type == "cuda"
+    name = torch.cuda.get_device_name(args.device) if on_gpu else platform.processor() or platform.machine()
     print(f"{name}, {args.device}, {args.threads} threads, torch {torch.__version__}; median of {1 if args.quick else 5}")
     for group in args.only:
         print(f"\n{group}: {GROUPS[group].__doc__}")

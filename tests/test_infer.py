@@ -268,6 +268,29 @@ def test_with_labels_a_prediction_names_only_classes_that_the_picture_shows(home
     assert json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["with_labels"]
 
 
+@pytest.mark.parametrize("also", ["--par", pytest.param("--crf", marks=pytest.mark.skipif(
+    find_spec("pydensecrf") is None, reason="`pip install pydensecrf2` to test --crf too"))])
+def test_with_labels_all_that_is_made_of_the_logits_knows_the_classes_of_the_picture_only(home, method, also):
+    """PAR and CRF compare the classes that are left among one another: what they are given has no others in it."""
+    args = infer.parse_args(["best.pt", "--with-labels", also])
+    args.amp, args.scales = None, (1.0, 1.5)
+    for number, sample in enumerate(data.list_samples(method.info, home / "own", "val")):
+        allowed = [0] if number == 4 else sorted({0, 1, 1 + number % 3})
+        image = data.load_image(sample.image)
+        logits = method.logits(data.normalize(image))[allowed]
+        found, job = infer.segment(method, sample, args)
+        assert list(found.labels)[:2] == ["single scale", "multi-scale + flip"]
+        assert all(set(labels.unique().tolist()) <= set(allowed) for labels in found.labels.values())
+        if also == "--par":
+            expected = torch.tensor(allowed)[cam.par_labels(data.normalize(image), logits)]
+            assert torch.equal(found.labels["multi-scale + flip + PAR"].long(), expected)
+        else:
+            probs = cam.enlarge(logits, image.shape[:2]).softmax(dim=0).numpy()
+            likely = [n for n in range(len(allowed)) if n == 0 or probs[n].max() > 0.01]
+            assert set(job[1].tolist()) <= set(allowed) and job[1].tolist() == [allowed[n] for n in likely]
+            np.testing.assert_allclose(job[2], probs[likely], atol=1e-5)
+
+
 def test_par_is_a_rung_of_its_own_and_the_prediction(home, method, tmp_path):
     """It needs no package, sees the picture and no label; scores.json says that it was used."""
     assert infer.main([str(home / "best.pt"), "--data-path", str(home / "own"), "--output-dir", str(tmp_path), "--par"]) == 0

@@ -16,6 +16,8 @@ from tiny import arguments, read
 data = import_module("01_data")
 cam = import_module("03_cam")
 decoder = import_module("04_decoder")
+train = import_module("05_train")
+infer = import_module("06_infer")
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path.stem for path in (ROOT / "methods").glob("[a-z]*.py"))
@@ -45,6 +47,9 @@ def test_the_stages_have_the_shapes_of_the_interface(method):
     prediction = method.network(seen)
     assert prediction.logits.shape[:2] == (2, 4) and seen.grid == (4, 5) and method.text_fg.shape[0] == 3
     for step, known in ((0, prediction), (10**6, prediction), (None, prediction), (None, None)):
+        cams, maps = method.cams(seen, known, pairs, step)
+        assert cams.shape == method.sources(cams, known, pairs, step).shape == (3, 4, 5)
+        assert maps.shape[0] == 2 and maps.shape[2:] == (21, 21) and method.affinity(maps, known, step).shape == (2, 20, 20)
         found = method.pseudo_labels(images, pairs, seen, known, (50, 70), step)
         assert found.cams.shape == found.flow.shape == (3, 4, 5) and 0 <= found.cams.min() and found.cams.max() <= 1
         assert found.transition.shape == (2, 20, 20) and found.maps.shape == (3, 50, 70) and found.scores.shape == (2, 3, 50, 70)
@@ -61,6 +66,20 @@ def test_the_loss_trains_all_that_is_trained_and_nothing_frozen(method):
     method.losses(method.network(method.look(images, False, 10**6)), labels, 10**6)["total"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in method.model.parameters())
     assert all(p.grad is None and not p.requires_grad for model in method.frozen.values() for p in model.parameters())
+
+
+def test_a_step_that_makes_its_own_labels_leaves_the_frozen_as_they_were(method):
+    """The gradients of the CAM go through frozen weights; none may stay there, and no weight may move."""
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(4))
+    weights = [tensor for model in method.frozen.values() for tensor in model.state_dict().values()]
+    before = [tensor.clone() for tensor in weights]
+    method.model.train()
+    for step in (0, 10**6):
+        optimizer = train.make_optimizer(method.model, 0.0)
+        values = train.train_step(method, optimizer, images, torch.tensor([[1.0, 0, 1], [0, 1, 0]]), step)
+        assert values["total"] > 0 and all(p.grad is not None for p in method.model.parameters())
+        assert all(p.grad is None for model in method.frozen.values() for p in model.parameters())
+        assert all(torch.equal(*pair) for pair in zip(weights, before, strict=True))
 
 
 def test_a_picture_has_a_ladder_and_logits(method):
@@ -121,7 +140,7 @@ def copied(tmp_path) -> Path:
 
 
 def test_a_file_dropped_into_methods_is_a_method(copied, world, tmp_path):
-    """05 and 06 find it by its name, and its numbers are options."""
+    """05 and 06 find it by its name, and its numbers are options. When the file is gone, so is the method."""
     (copied / "methods" / "stronger.py").write_text(NEW_METHOD)
     command = ["--clip", world / "clip.pt", "--crop-size", 64, "--long-side", 64, "-b", 2, "-j", 0, "--device", "cpu",
                "--max-iters", 1, "--print-freq", 1]
@@ -131,8 +150,12 @@ def test_a_file_dropped_into_methods_is_a_method(copied, world, tmp_path):
     assert [c["config"]["times"] for c in checkpoints] == [1, 3] and checkpoints[1]["method"] == "stronger"
     totals = [float((tmp_path / n / "log.csv").read_text().split()[-1].split(",")[4]) for n in ("1", "3")]
     assert totals[1] == pytest.approx(3 * totals[0], rel=1e-5)
-    assert "stronger, trained on folder for 1 steps" in run(copied, "06_infer.py", tmp_path / "3" / "last.pt", "--data-path", world,
-                                                            "--device", "cpu")
+    assert "--times" in run(copied, "05_train.py", "--method", "stronger", "--help")
+    reading = ["06_infer.py", tmp_path / "3" / "last.pt", "--data-path", world, "--device", "cpu"]
+    assert "stronger, trained on folder for 1 steps" in run(copied, *reading)
+    (copied / "methods" / "stronger.py").unlink()
+    done = subprocess.run([sys.executable, *map(str, (copied / reading[0], *reading[1:]))], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: no method 'stronger'; wanted one of weclip+, weclip")
 
 
 @pytest.mark.parametrize("method", ["unheard_of", "../evil", "os", "__init__", "methods.excel", "", "weclip.py"])
@@ -143,6 +166,16 @@ def test_a_name_that_is_no_file_of_methods_imports_nothing(world, method, tmp_pa
         decoder.method_class(method)
     with pytest.raises(data.DataError, match="no method "):
         decoder.restore(dict.fromkeys(decoder.CHECKPOINT) | {"method": method}, "foreign.pt", {}, "cpu")
+
+
+@pytest.mark.parametrize("method", ["os", "../evil", "__init__", "methods.clip_es"])
+def test_a_hostile_checkpoint_is_refused_by_both_commands_before_anything_is_imported(method, tmp_path, monkeypatch):
+    path = tmp_path / "foreign.pt"
+    torch.save({key: kind() for key, kind in decoder.CHECKPOINT.items()} | {"method": method}, path)
+    monkeypatch.setattr(decoder, "import_module", lambda name: pytest.fail(f"imported {name}"))
+    for main, argv in ((infer.main, [str(path), "x.png"]), (train.main, ["--resume", str(path)])):
+        with pytest.raises(data.DataError, match="no method .*; wanted one of weclip\\+, weclip"):
+            main([*argv, "--device", "cpu"])
 
 
 def test_a_file_that_trains_nothing_says_how_it_is_run(copied):

@@ -1,9 +1,9 @@
 """Is this the method of the papers? The authors' published code and ours, same weights, same images, tensor by tensor.
 
 `golden.py` says where the numbers come from. Everything is plain float32, from the image to the parameters after five
-training steps, through the stages of the method objects and the functions of 01 to 05; nothing is handed from the reference to ours in between, so
-errors may add up. Two sources of numbers: the golden files (all arrays; skipped where the folder is missing) and
-figures.json (the norm and some entries of each array of two of them), which comes with the project.
+training steps, through the stages of the method objects and the functions of 01 to 05; nothing is handed from the
+reference to ours in between, so errors may add up. Two sources of numbers: the golden files (all arrays; skipped where the
+folder is missing) and figures.json (the norm and some entries of each array of two of them), which comes with the project.
 
     python tests/test_parity.py      # prints the table of largest errors, per stage and file
 """
@@ -68,7 +68,7 @@ def reference_pairs(info):
 
 
 class Case:
-    """One golden case: the method with the recipe's weights, images, what it sees of them. Dropout is off, as in the reference."""
+    """One golden case: the method with the recipe's weights, images, what it sees. Dropout is off, as in the reference."""
 
     def __init__(self, info, images_u8):
         self.info = info
@@ -82,10 +82,9 @@ class Case:
         self.images = torch.stack([data.normalize(image) for image in images_u8])
         self.pairs = reference_pairs(info)
         self.method = self.fresh()
-        most = self.method.cfg.static_maps, self.method.cfg.dynamic_maps
-        self.method.cfg = replace(self.method.cfg, static_maps=12)  # so that `look` makes all maps, which are compared too
+        cfg, self.method.cfg = self.method.cfg, replace(self.method.cfg, static_maps=12)  # all maps are made, to be compared
         self.seen = self.method.look(self.images, for_labels=True)
-        self.method.cfg = replace(self.method.cfg, static_maps=most[0])
+        self.method.cfg = cfg
 
     def fresh(self):
         """The method with the recipe's weights of the trained part."""

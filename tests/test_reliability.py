@@ -709,6 +709,8 @@ def test_a_checkpoint_of_before_is_refused_in_one_sentence(one_step, tmp_path):
     torch.save(checkpoint, tmp_path / "old.pt")
     with pytest.raises(data.DataError, match="old.pt: made by an earlier version of this project; use it with that version, or"):
         infer.main([str(tmp_path / "old.pt"), "x.png"])
+    with pytest.raises(data.DataError, match="old.pt: made by an earlier version of this project"):
+        train.main(["--resume", str(tmp_path / "old.pt")])
 
 
 def test_a_training_on_odd_pictures_works(tmp_path, world):

@@ -8,9 +8,11 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from importlib import import_module
 from pathlib import Path
+from types import NoneType
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -215,15 +217,39 @@ def test_every_number_of_a_row_is_an_option(method):
     for field in fields(row):
         value, name = getattr(row, field.name), "--" + field.name.replace("_", "-")
         if isinstance(value, tuple):
-            given = tuple(2 * number for number in value)
-            words = [str(number) for number in given]
+            cases = [tuple(2 * number for number in value)]
+        elif NoneType in get_args(field.type):
+            cases = [7, None]
         else:
-            given = {int: 7, float: 0.7, str: "x", type(None): None}[type(value)]
-            words = ["none" if given is None else str(given)]
-        args = train.parse_args(["voc", "--method", method, name, *words])
-        assert (args.batch_size == 7) if field.name == "batch_size" else (args.options == {field.name: given}), field.name
+            cases = [{int: 7, float: 0.7, str: "x"}[type(value)]]
+        for given in cases:
+            words = map(str, given) if isinstance(given, tuple) else ["none" if given is None else str(given)]
+            args = train.parse_args(["voc", "--method", method, name, *words])
+            arrived = {"batch_size": args.batch_size} if field.name == "batch_size" else args.options
+            assert arrived == {field.name: given}
     with pytest.raises(SystemExit):  # WeCLIP has no self-labels to begin with
         train.parse_args(["voc", "--method", "weclip", "--self-label-after", "7"])
+
+
+NUMBERS = dict(lr=0.003, warmup=0, weight_decay=0.5, crop_size=32, scale_range=(0.9, 1.1), eval_every=3, eval_images=2,
+               long_side=48, scales=(1.0,), crf_gaussian=(1.0, 2.0), crf_bilateral=(5.0, 6.0, 7.0), cam_skip=0,
+               logit_scale_divisor=2.0, box_fraction=0.3, static_maps=2, dynamic_maps=1, dynamic_from=5, fuse_blocks=2,
+               depth=1, affinity_radius=3)
+
+
+@pytest.mark.parametrize("method, more", [("weclip", dict(box_fraction=None, fuse_blocks=None)),
+                                          ("weclip+", dict(self_label_after=None, self_label_above=0.5))])
+def test_the_numbers_that_are_given_reach_the_run_and_its_checkpoint(world, tmp_path, method, more):
+    """The others are those of the row. Two that no other test would miss: how weights decay, and that nothing warms up."""
+    given = NUMBERS | more
+    words = [word for name, value in given.items() for word in (
+        f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else ["none" if value is None else value]))]
+    train.main(arguments(world, tmp_path, "--method", method, "--max-iters", 1, *words))
+    row = decoder.method_class(method).rows["voc"]
+    files = {what: str(world / file) for what, file in (("clip", "clip.pt"), ("dino", "dino.pth")) if hasattr(row, what)}
+    checkpoint = read(tmp_path)
+    assert checkpoint["config"] == asdict(row) | given | files | {"max_iters": 1, "batch_size": 2}
+    assert checkpoint["optimizer"]["param_groups"][0]["weight_decay"] == 0.5 and logged(tmp_path)[0]["lr"] == "3.000e-03"
 
 
 def test_the_columns_of_the_log_are_the_losses_of_the_method(world, tmp_path):
