@@ -1,8 +1,7 @@
 """01 - Data: what does the network see, and what is it told?
 
 In     PASCAL VOC 2012, COCO 2014/2017, a folder of your own, or `shapes`, a toy world that is drawn at first use
-Out    `list_samples` (pictures with their image-level labels), `TrainDataset` and `EvalDataset`, `confusion_matrix`,
-       class names and prompts, palette and contact sheet
+Out    `list_samples` (pictures with their image-level labels), `TrainDataset`; class names and prompts, overlays
 Paper  the experimental set-up of WeCLIP (CVPR 2024) and WeCLIP+ (TPAMI 2025): data sets, labels, augmentation.
        The only supervision is which classes a picture shows; masks are for scoring (and for `--masks truth`).
 
@@ -25,7 +24,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 import textwrap
 import unicodedata
 import zlib
@@ -155,7 +153,7 @@ def find_root(name_or_folder: str, data_path: str | Path | None = None) -> Path:
     name = str(name_or_folder)
     root = Path(data_path or (HERE / "data" / name if name in DATASETS else name)).expanduser()
     if name == "shapes" and not root.exists():
-        make_shapes(root)
+        draw.make_shapes(root, save_mask)
     folders = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012") if name == "voc" else (root,)
     for folder in folders:
         if (folder / "JPEGImages" if name == "voc" else folder).is_dir():
@@ -250,41 +248,10 @@ def normalize(image: np.ndarray, mean: tuple = IMAGE_MEAN, std: tuple = IMAGE_ST
     return torch.from_numpy(scaled.transpose(2, 0, 1).copy())
 
 
-# ---------------------------------------------------------------- one's own pictures, and where what is made of them goes
-
-def picture_files(paths: list[str]) -> list[Path]:
-    """The files among `paths`, and the pictures in the folders among them. Raises DataError if there are none."""
-    files = []
-    for path in map(Path, paths):
-        there = sorted(file for file in path.iterdir() if file.name[0] != ".") if path.is_dir() else []
-        files += [file for file in there if is_picture(file)] if path.is_dir() else [path]
-        if rest := left_out(file for file in there if not is_picture(file) and file.name != "predictions"):
-            print(f"left out of {path}: {rest}", file=sys.stderr)
-    if not files:
-        raise DataError(f"{', '.join(paths)}: no pictures in there; wanted files ending in "
-                        + ", ".join(sorted(picture_formats())))
-    return files
-
-
 def left_out(paths: Iterable[Path]) -> str:
     """What was not taken, in words: "3 .heic, 1 folder"; "" if nothing."""
     kinds = Counter("folder" if path.is_dir() else path.suffix.lower() or "without ending" for path in paths)
     return ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
-
-
-def result_files(files: list[Path], output_dir: str | None, endings: tuple[str, ...]) -> list[list[Path]]:
-    """What is made of each file: in `output_dir`, else in predictions/ beside it, its name with each of the `endings`.
-
-    No result replaces a picture or another result: where cat.png is taken, cat_2.png is not.
-    """
-    results, taken = [], {file.absolute() for file in files}
-    for file in files:
-        folder = Path(output_dir) if output_dir else file.parent / "predictions"
-        stems = itertools.chain([file.stem], (f"{file.stem}_{number}" for number in itertools.count(2)))
-        names = ([folder / f"{stem}{ending}" for ending in endings] for stem in stems)
-        results.append(next(paths for paths in names if not taken & {path.absolute() for path in paths}))
-        taken |= {path.absolute() for path in results[-1]}
-    return results
 
 
 # ---------------------------------------------------------------- image-level labels: all the supervision there is
@@ -304,13 +271,19 @@ def list_samples(info: DatasetInfo, root: str | Path | None, split: str,
     """Which pictures does a split have, and which classes does each one show?
 
     info, root  from `dataset_info` and `find_root` (or anything `find_root` accepts as data_path)
-    problems    a list: what is wrong is added to it and left out of the result, instead of raising at the first
+    problems    a list: what is wrong is added to it and left out of the result, instead of raising
     ->          in the order of the split's list; a picture without any class has labels ()
     Raises      DataError  missing files (how many, the first ten), broken labels, unknown classes, no such split
     """
     if split not in SPLITS[info.name]:
         raise DataError(f"{info.name} has no split {split!r}; wanted one of {', '.join(SPLITS[info.name])}")
-    return LOADERS[info.name](info, find_root(info.name, root), split, problems)
+    found: list[str] = []
+    samples = LOADERS[info.name](info, find_root(info.name, root), split, found)
+    if found and problems is None:
+        raise DataError("\n".join(found[:10]))
+    if problems is not None:
+        problems += found
+    return samples
 
 
 def describe(samples: list[Sample]) -> str:
@@ -320,32 +293,25 @@ def describe(samples: list[Sample]) -> str:
             f"a foreground class, {sum(s.mask is not None for s in samples)} masks")
 
 
-def complain(message: str, problems: list[str] | None) -> None:
-    """Raise, or with a list of problems go on and remember."""
-    if problems is None:
-        raise DataError(message)
-    problems.append(message)
+def missing(what: str, names: list[str]) -> str:
+    """A problem in words; "" if no name is missing."""
+    return names and (f"{len(names)} {what} missing: {', '.join(names[:10])}{', ...' * (len(names) > 10)}; "
+                      "fetch them or take their names off the list") or ""
 
 
-def complain_about_missing(what: str, names: list[str], problems: list[str] | None) -> None:
-    if names:
-        complain(f"{len(names)} {what} missing: {', '.join(names[:10])}{', ...' * (len(names) > 10)}; "
-                 "fetch them or take their names off the list", problems)
-
-
-def gather(read, items: list, problems: list[str] | None) -> list:
-    """[read(item) for item in items]; with a list of problems, a DataError goes there and its item is left out."""
+def gather(read, items: list, problems: list[str]) -> list:
+    """[read(item) for item in items]; a DataError goes to the problems, and its item is left out."""
     results = []
     for item in items:
         try:
             results.append(read(item))
         except DataError as error:
-            complain(str(error), problems)
+            problems.append(str(error))
     return results
 
 
 def join_samples(info: DatasetInfo, split: str, root: Path, names: list[str], pictures: dict[str, Path],
-                 masks: dict[str, Path], read_labels, source: str, problems: list[str] | None) -> list[Sample]:
+                 masks: dict[str, Path], read_labels, source: str, problems: list[str]) -> list[Sample]:
     """What all loaders end with: name by name, the picture, its mask and its labels.
 
     read_labels(name) -> classes, or None where `source` knows nothing of the picture: then its mask tells them
@@ -357,12 +323,10 @@ def join_samples(info: DatasetInfo, split: str, root: Path, names: list[str], pi
             labels = mask_labels(load_mask(mask, info.num_classes)) if mask else ()
         return Sample(name, str(pictures[name]), str(mask) if mask else None, labels, origin)
 
-    missing = [name for name in names if name not in pictures]
-    complain_about_missing(f"images of {split} in {root}", missing, problems)
     samples = gather(sample, [name for name in names if name in pictures], problems)
-    if split != "test":
-        unlabelled = [sample.name for sample in samples if sample.source == "none"]
-        complain_about_missing(f"label files of {split} in {root}", unlabelled, problems)
+    unlabelled = [sample.name for sample in samples if sample.source == "none" and split != "test"]
+    problems += filter(None, (missing(f"images of {split} in {root}", [name for name in names if name not in pictures]),
+                              missing(f"label files of {split} in {root}", unlabelled)))
     return samples
 
 
@@ -445,7 +409,7 @@ def voc_names(root: Path, split: str) -> list[str]:
     raise DataError(f"{path} is missing{instead}; `python 01_data.py voc --check` says where it can be had")
 
 
-def voc_samples(info: DatasetInfo, root: Path, split: str, problems: list[str] | None) -> list[Sample]:
+def voc_samples(info: DatasetInfo, root: Path, split: str, problems: list[str]) -> list[Sample]:
     """Labels from Annotations/NAME.xml, else from the mask; masks from SegmentationClassAug, else SegmentationClass."""
     xmls = files_by_stem(root / "Annotations", {".xml"})
     masks = files_by_stem(root / "SegmentationClass") | files_by_stem(root / "SegmentationClassAug")
@@ -497,7 +461,7 @@ def read_coco_json(path: Path, classes: tuple[str, ...]) -> dict[str, tuple[int,
                         "take the file out of the archive again") from error
 
 
-def coco_samples(info: DatasetInfo, root: Path, split: str, problems: list[str] | None) -> list[Sample]:
+def coco_samples(info: DatasetInfo, root: Path, split: str, problems: list[str]) -> list[Sample]:
     """Labels from the json (training needs nothing else), without it from the masks.
 
     Images without any of the 80 classes are no part of the published splits (82 081 of 82 783, 40 137 of 40 504).
@@ -552,14 +516,14 @@ def folder_rows(root: Path) -> list[tuple[str, list[str], str]]:
     return rows
 
 
-def folder_samples(info: DatasetInfo, root: Path, split: str, problems: list[str] | None) -> list[Sample]:
+def folder_samples(info: DatasetInfo, root: Path, split: str, problems: list[str]) -> list[Sample]:
     """A row is a sample, cat/a.jpg is called cat/a; its mask, if any, is masks/cat/a.png."""
     rows = [(Path(file).with_suffix("").as_posix(), file, classes)
             for file, classes, part in folder_rows(root) if part == split]
     twice = [name for name, count in Counter(name for name, _, _ in rows).items() if count > 1]
     if twice:
-        complain(f"{root}: {', '.join(twice[:10])} in more than one line or with more than one suffix; wanted one line "
-                 "per picture (file,class;class) and different names", problems)
+        problems.append(f"{root}: {', '.join(twice[:10])} in more than one line or with more than one suffix; wanted one line "
+                        "per picture (file,class;class) and different names")
     folder, source = picture_folder(root), "csv" if (root / "labels.csv").exists() else "folder"
     there = {nfc(path.relative_to(folder).as_posix()): path for path in folder.rglob("*")}  # a Mac writes accents otherwise
     pictures = {name: there.get(file, folder / file) for name, file, _ in rows}
@@ -618,17 +582,13 @@ def augment(image: np.ndarray, mask: np.ndarray | None, size: int, rng: np.rando
 
 # ---------------------------------------------------------------- what the loops read
 
-def need_masks(samples: list[Sample]) -> None:
-    missing = [sample.name for sample in samples if sample.mask is None]
-    complain_about_missing("masks (for COCO, `python 01_data.py coco` writes them from the json)", missing, None)
-
-
 def with_masks_of(samples: list[Sample], folder: str) -> list[Sample]:
     """The samples with FOLDER/NAME.png as their masks, palette PNGs of class numbers, 255 left out. Raises DataError if one
     with a class has none."""
     paths = [Path(folder) / f"{sample.name}.png" for sample in samples]
     found = [replace(sample, mask=str(path) if path.is_file() else None) for sample, path in zip(samples, paths)]
-    complain_about_missing(f"masks in {folder}", [f"{s.name}.png" for s in found if s.labels and s.mask is None], None)
+    if wrong := missing(f"masks in {folder}", [f"{s.name}.png" for s in found if s.labels and s.mask is None]):
+        raise DataError(wrong)
     return found
 
 
@@ -687,8 +647,9 @@ class TrainDataset(Dataset):
         if not self.samples:
             raise DataError(f"none of {len(samples)} images has a foreground class: nothing to learn from; "
                             "`python 01_data.py DATASET --check` says what is missing")
-        if with_masks:
-            need_masks(self.samples)
+        without = [sample.name for sample in self.samples if with_masks and sample.mask is None]
+        if without:
+            raise DataError(missing("masks (for COCO, `python 01_data.py coco` writes them from the json)", without))
         self.num_classes, self.crop_size, self.seed = num_classes, crop_size, seed
         self.with_masks, self.scales = with_masks, scales
 
@@ -720,76 +681,6 @@ def draw_batches(start: int, stop: int, batch_size: int, rank: int = 0, world_si
     """
     firsts = [(step * world_size + rank) * batch_size for step in range(start, stop)]
     return [range(first, first + batch_size) for first in firsts]
-
-
-class EvalDataset(Dataset):
-    """Whole pictures at their own size, in the order of `samples`: one per batch, since sizes differ.
-
-    Item    see `as_item`
-    Raises  DataError  if a mask is missing; at the item: if a file is broken or the mask has another size
-    """
-
-    def __init__(self, samples: list[Sample], num_classes: int):
-        need_masks(samples)
-        self.samples, self.num_classes = samples, num_classes
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> dict:
-        sample = self.samples[index]
-        return as_item(sample, *load_pair(sample, self.num_classes, True), self.num_classes)
-
-
-# ---------------------------------------------------------------- scores
-
-def confusion_matrix(truth: torch.Tensor, prediction: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """How often is class i (row, truth) called class j (column)? Sum these over a split; nothing else has to be kept.
-
-    truth, prediction  the same shape, integer; truth 255 (void) is left out
-    ->                 (C, C) int64
-    Raises  ValueError  for different shapes or a prediction that is no class
-    """
-    if truth.shape != prediction.shape:
-        raise ValueError(f"truth {tuple(truth.shape)} and prediction {tuple(prediction.shape)} differ in shape; "
-                         "bring the prediction to the size of the picture first")
-    counted = truth < num_classes
-    truth, prediction = truth[counted].long(), prediction[counted].long()
-    counts = torch.bincount(truth * num_classes + prediction, minlength=num_classes ** 2)
-    if (prediction >= num_classes).any():
-        raise ValueError(f"prediction {int(prediction.max())} is no class; wanted 0..{num_classes - 1}")
-    return counts.reshape(num_classes, num_classes)
-
-
-def scores(matrix: torch.Tensor) -> dict:
-    """Pixel accuracy, mean accuracy, IoU per class and their mean, in [0, 1], from a confusion matrix (C, C).
-
-    Classes without a pixel of truth are left out of both means; a class in neither truth nor prediction has IoU NaN.
-    """
-    matrix = matrix.double().cpu()
-    hits, truth, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    iou, present = hits / (truth + predicted - hits), truth > 0
-    return {"pixel_accuracy": float(hits.sum() / matrix.sum()), "mean_accuracy": float((hits / truth)[present].mean()),
-            "miou": float(iou[present].mean()), "iou": iou.tolist(), "present": present.tolist()}
-
-
-def print_scores(result: dict[str, dict], info: DatasetInfo, title: str) -> None:
-    """A line per class, a column per kind of prediction, IoU in percent. nan: in neither masks nor predictions."""
-    names = ("background", *info.classes)
-    width = max(map(len, names))
-    print(f"\nIoU in percent, {title}\n{'':{width}}  " + "  ".join(f"{key:>4}" for key in result))
-    rows = [(name, [score["iou"][number] for score in result.values()]) for number, name in enumerate(names)]
-    for name, values in rows + [("mIoU", [score["miou"] for score in result.values()])]:
-        print(f"{name:{width}}  " + "  ".join(f"{100 * value:{max(4, len(key))}.1f}" for key, value in zip(result, values)))
-    if note := without_truth(result, info):
-        print(note)
-
-
-def without_truth(result: dict[str, dict], info: DatasetInfo) -> str:
-    """Which classes is the mIoU silent about? "" if none."""
-    present = next(iter(result.values()))["present"]
-    names = [name for name, there in zip(("background", *info.classes), present) if not there]
-    return f"no pixel of truth, left out of the mIoU: {', '.join(names[:10])}{', ...' * (len(names) > 10)}" if names else ""
 
 
 # ---------------------------------------------------------------- pictures for people
@@ -867,40 +758,23 @@ def legend(picture: np.ndarray, class_ids: list[int], classes: tuple[str, ...]) 
     return np.array(canvas)
 
 
-def table_of_pictures(heads: list[str], rows: list[tuple[list[str], list[np.ndarray]]], side: int = 240) -> Image.Image:
-    """Rows of pictures (h, w, 3) uint8, each `side` wide, under one row of heads; a row's lines of text stand at its left."""
-    font, line, gap, left = ImageFont.load_default(14), 20, 8, 110 if any(texts for texts, _ in rows) else 8
-    cells = [[Image.fromarray(x).resize((side, max(1, round(side * x.shape[0] / x.shape[1])))) for x in row] for _, row in rows]
-    tops = [line + gap]
-    for row in cells:
-        tops.append(tops[-1] + max(cell.height for cell in row) + gap)
-    sheet = Image.new("RGB", (left + len(heads) * (side + gap), tops[-1]), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, head in enumerate(heads):
-        pen.text((left + column * (side + gap), 4), shortened(head, font, side), fill="black", font=font)
-    for (texts, _), row, top in zip(rows, cells, tops):
-        for number, text in enumerate(texts):
-            pen.text((gap, top + line * number), shortened(text, font, left - gap), fill="black", font=font)
-        for column, cell in enumerate(row):
-            sheet.paste(cell, (left + column * (side + gap), top))
-    return sheet
-
-
-def shortened(text: str, font: ImageFont.ImageFont, width: int) -> str:
-    """What fits into `width` pixels."""
-    while len(text) > 2 and font.getlength(text) > width:
-        text = text[:-3] + ".."
-    return text
-
-
 def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int, side: int = 240) -> Image.Image:
-    """Pictures (h, w, 3) uint8 in rows of `columns`, each with a line of text above it."""
-    rows = [range(start, min(start + columns, len(pictures))) for start in range(0, len(pictures), columns)]
-    sheets = [table_of_pictures([captions[n] for n in row], [([], [fit(pictures[n], side) for n in row])], side) for row in rows]
-    whole = Image.new("RGB", (columns * (side + 8) + 8, sum(sheet.height for sheet in sheets)), "white")
-    for number, sheet in enumerate(sheets):
-        whole.paste(sheet, (0, sum(above.height for above in sheets[:number])))
-    return whole
+    """Pictures (h, w, 3) uint8 in rows of `columns`, each `side` wide (narrower if it would be very high) under a line of text."""
+    cells = []
+    for picture, caption in zip(pictures, captions, strict=True):
+        height, width = picture.shape[:2]
+        factor = min(side / width, 3 * side / height)
+        small = Image.fromarray(picture).resize((max(1, round(factor * width)), max(1, round(factor * height))))
+        cells.append(Image.new("RGB", (side + 8, small.height + 28), "white"))  # a caption that is too long ends with its cell
+        cells[-1].paste(small, (4, 24))
+        ImageDraw.Draw(cells[-1]).text((4, 4), caption, fill="black", font=ImageFont.load_default(14))
+    rows = [cells[start:start + columns] for start in range(0, len(cells), columns)]
+    tops = [0, *itertools.accumulate(max(cell.height for cell in row) for row in rows)]
+    sheet = Image.new("RGB", (columns * (side + 8), tops[-1]), "white")
+    for row, top in zip(rows, tops):
+        for column, cell in enumerate(row):
+            sheet.paste(cell, (column * (side + 8), top))
+    return sheet
 
 
 # ---------------------------------------------------------------- COCO: masks from the json
@@ -956,30 +830,6 @@ def write_coco_masks(info: DatasetInfo, root: Path, split: str) -> None:
     for name in tqdm(missing, desc=f"masks of {split}", disable=None):
         save_mask(folder / f"{name}.png", coco_mask(*records[name], json_path))
     print(f"{split}: wrote {len(missing)} masks to {folder}")
-
-
-def make_shapes(root: Path, seed: int = 0, n_train: int = 1000, n_val: int = 200) -> None:
-    """Draw the toy world to a folder: images/, masks/ and labels.csv, like any folder of one's own.
-
-    It is drawn beside its place and then renamed: whole or not there, also when several processes start at once.
-    """
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
-        draft, lines = Path(folder) / root.name, ["file,classes,split"]
-        for name in ("images", "masks"):
-            (draft / name).mkdir(parents=True)
-        for number in tqdm(range(n_train + n_val), desc="drawing shapes", disable=None):
-            image, mask = draw.scene(seed, number)
-            Image.fromarray(image).save(draft / "images" / f"{number:05d}.png")
-            save_mask(draft / "masks" / f"{number:05d}.png", mask)
-            names = ";".join(SHAPES_CLASSES[label] for label in mask_labels(mask))
-            lines.append(f"{number:05d}.png,{names},{'train' if number < n_train else 'val'}")
-        (draft / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        try:
-            draft.rename(root)
-        except OSError:
-            if not (root / "labels.csv").exists():  # otherwise another process was first, with the same pictures
-                raise
 
 
 # ---------------------------------------------------------------- the check and the command line
@@ -1062,13 +912,6 @@ def draw_sheet(info: DatasetInfo, root: Path, split: str) -> Image.Image:
         pictures.append(image if mask is None else overlay(image, mask, info.classes))
         captions.append(", ".join(info.classes[label] for label in sample.labels) or "no class")
     return contact_sheet(pictures, captions, columns=6)
-
-
-def positive(text: str) -> float:
-    """The type of an option: a number above 0, and no slip of the keyboard."""
-    if not 0 < float(text) < 100:
-        raise argparse.ArgumentTypeError(f"{text}, wanted more than 0 and less than 100")
-    return float(text)
 
 
 def count(text: str) -> int:

@@ -13,6 +13,7 @@ head or of DINO.
 """
 import argparse
 import hashlib
+import itertools
 import sys
 import time
 import urllib.error
@@ -386,6 +387,35 @@ def in_precision(amp: torch.dtype | None, device: torch.device) -> torch.autocas
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def picture_files(paths: list[str]) -> list[Path]:
+    """The files among `paths`, and the pictures in the folders among them. Raises data.DataError if there are none."""
+    files = []
+    for path in map(Path, paths):
+        there = sorted(file for file in path.iterdir() if file.name[0] != ".") if path.is_dir() else []
+        files += [file for file in there if data.is_picture(file)] if path.is_dir() else [path]
+        if rest := data.left_out(file for file in there if not data.is_picture(file) and file.name != "predictions"):
+            print(f"left out of {path}: {rest}", file=sys.stderr)
+    if not files:
+        raise data.DataError(f"{', '.join(paths)}: no pictures in there; wanted files ending in "
+                        + ", ".join(sorted(data.picture_formats())))
+    return files
+
+
+def result_files(files: list[Path], output_dir: str | None, endings: tuple[str, ...]) -> list[list[Path]]:
+    """What is made of each file: in `output_dir`, else in predictions/ beside it, its name with each of the `endings`.
+
+    No result replaces a picture or another result: where cat.png is taken, cat_2.png is not.
+    """
+    results, taken = [], {file.absolute() for file in files}
+    for file in files:
+        folder = Path(output_dir) if output_dir else file.parent / "predictions"
+        stems = itertools.chain([file.stem], (f"{file.stem}_{number}" for number in itertools.count(2)))
+        names = ([folder / f"{stem}{ending}" for ending in endings] for stem in stems)
+        results.append(next(paths for paths in names if not taken & {path.absolute() for path in paths}))
+        taken |= {path.absolute() for path in results[-1]}
+    return results
+
+
 def demo_options(text: str) -> data.CommandLine:
     """The options that the demos of 02, 03 and 04 share."""
     p = data.CommandLine(text, "[images ...]")
@@ -411,7 +441,7 @@ def demo_pictures(args: argparse.Namespace) -> tuple[data.DatasetInfo, list[data
     info = data.DATASETS["shapes" if args.clip == "shapes" else "voc"]
     args.long_side = args.long_side or (112 if info.name == "shapes" else 512)
     if args.images:
-        samples = [data.Sample(path.stem, str(path), None, (), "none") for path in data.picture_files(args.images)]
+        samples = [data.Sample(path.stem, str(path), None, (), "none") for path in picture_files(args.images)]
     else:
         samples = data.list_samples(data.DATASETS["shapes"], None, "val")
         if args.index >= len(samples):
@@ -474,7 +504,7 @@ def main(argv: list[str] | None = None) -> int:
           f"{len(info.background)} background words\n"
           f"DINOv2 {args.dino}: {len(dino.blocks)} blocks, patch {dino.patch}, {dino.registers} registers; {describe_size(dino)}")
     files = [Path(sample.image) for sample in samples]
-    for file, [target] in zip(files, data.result_files(files, args.output_dir, ("_look.png",))):
+    for file, [target] in zip(files, result_files(files, args.output_dir, ("_look.png",))):
         image = data.load_image(file, as_displayed=True)
         images, start = at_long_side(data.normalize(image), args.long_side, side).to(device), time.perf_counter()
         seen, dino_map = look(clip_model, images, len(blocks) - 1), dino_features(dino, images)

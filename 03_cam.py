@@ -373,6 +373,60 @@ def crf_in_processes(jobs, workers: int, work=crf_labels):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Scores: how good are labels?
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def confusion_matrix(truth: torch.Tensor, prediction: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """How often is class i (row, truth) called class j (column)? Sum these over a split; nothing else has to be kept.
+
+    truth, prediction  the same shape, integer; truth 255 (void) is left out
+    ->                 (C, C) int64
+    Raises  ValueError  for different shapes or a prediction that is no class
+    """
+    if truth.shape != prediction.shape:
+        raise ValueError(f"truth {tuple(truth.shape)} and prediction {tuple(prediction.shape)} differ in shape; "
+                         "bring the prediction to the size of the picture first")
+    counted = truth < num_classes
+    truth, prediction = truth[counted].long(), prediction[counted].long()
+    counts = torch.bincount(truth * num_classes + prediction, minlength=num_classes ** 2)
+    if (prediction >= num_classes).any():
+        raise ValueError(f"prediction {int(prediction.max())} is no class; wanted 0..{num_classes - 1}")
+    return counts.reshape(num_classes, num_classes)
+
+
+def scores(matrix: torch.Tensor) -> dict:
+    """Pixel accuracy, mean accuracy, IoU per class and their mean, in [0, 1], from a confusion matrix (C, C).
+
+    Classes without a pixel of truth are left out of both means; a class in neither truth nor prediction has IoU NaN.
+    """
+    matrix = matrix.double().cpu()
+    hits, truth, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    iou, present = hits / (truth + predicted - hits), truth > 0
+    return {"pixel_accuracy": float(hits.sum() / matrix.sum()), "mean_accuracy": float((hits / truth)[present].mean()),
+            "miou": float(iou[present].mean()), "iou": iou.tolist(), "present": present.tolist()}
+
+
+def print_scores(result: dict[str, dict], info: data.DatasetInfo, title: str) -> None:
+    """A line per class, a column per kind of prediction, IoU in percent. nan: in neither masks nor predictions."""
+    names = ("background", *info.classes)
+    width = max(map(len, names))
+    print(f"\nIoU in percent, {title}\n{'':{width}}  " + "  ".join(f"{key:>4}" for key in result))
+    rows = [(name, [score["iou"][number] for score in result.values()]) for number, name in enumerate(names)]
+    for name, values in rows + [("mIoU", [score["miou"] for score in result.values()])]:
+        print(f"{name:{width}}  " + "  ".join(f"{100 * value:{max(4, len(key))}.1f}" for key, value in zip(result, values)))
+    if note := without_truth(result, info):
+        print(note)
+
+
+def without_truth(result: dict[str, dict], info: data.DatasetInfo) -> str:
+    """Which classes is the mIoU silent about? "" if none."""
+    present = next(iter(result.values()))["present"]
+    names = [name for name, there in zip(("background", *info.classes), present) if not there]
+    return f"no pixel of truth, left out of the mIoU: {', '.join(names[:10])}{', ...' * (len(names) > 10)}" if names else ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Pictures for people
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -412,14 +466,14 @@ def draw_ladder(image: np.ndarray, cams: torch.Tensor, transition: torch.Tensor,
                 "affinity": backbone.glow(image, transition[0, :, cams[0].argmax()].view(cams.shape[-2:])),
                 captions["refined"]: painted(min_max(flow)), "PAR": painted(scores[0, 1:].clamp(max=1)),
                 captions["pseudo label"]: data.overlay(image, label.cpu().numpy(), classes)}
-    return data.table_of_pictures(list(pictures), [([classes[c] for c in ids], list(pictures.values()))])
+    return data.contact_sheet(list(pictures.values()), list(pictures), columns=len(pictures))
 
 
 def score(label: torch.Tensor, truth: np.ndarray | None, num_classes: int) -> str:
     """A caption's end: how good is this label of one picture?"""
     if truth is None:
         return ""
-    return f", mIoU {100 * data.scores(data.confusion_matrix(torch.from_numpy(truth), label.cpu(), num_classes))['miou']:.1f}"
+    return f", mIoU {100 * scores(confusion_matrix(torch.from_numpy(truth), label.cpu(), num_classes))['miou']:.1f}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -434,7 +488,7 @@ def main(argv: list[str] | None = None) -> int:
     model, failed = backbone.load_clip(args.clip, device), 0
     texts = [backbone.text_features(model, names) for names in (info.prompts, info.background)]
     files = [Path(sample.image) for sample in samples]
-    for sample, [target] in zip(tqdm(samples, disable=None), data.result_files(files, args.output_dir, ("_cam.png",))):
+    for sample, [target] in zip(tqdm(samples, disable=None), backbone.result_files(files, args.output_dir, ("_cam.png",))):
         try:
             image = data.load_image(sample.image, as_displayed=True)
             truth = data.load_mask(sample.mask, info.num_classes, image.shape[:2]) if sample.mask else None

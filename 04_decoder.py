@@ -644,7 +644,7 @@ def frozen_names(cfg: Config, frozen: dict[str, nn.Module]) -> dict[str, dict]:
 def restore(checkpoint: dict, path: str | Path, options: dict, device) -> WeCLIP:
     """The method behind a checkpoint, its trained part in eval mode.
 
-    options  where the frozen backbones are now, by their fields in the row; others are where they were in training
+    options  fields of the row that are others than in training: where the frozen backbones are now, scales
     Raises   data.DataError  if the backbones are not those it was trained on, or the file contradicts itself
     """
     found = method_class(checkpoint["method"])

@@ -24,7 +24,6 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
@@ -116,11 +115,11 @@ def train_step(method, optimizer: torch.optim.Optimizer, images: torch.Tensor, l
 
 
 @torch.no_grad()
-def evaluate(method, dataset, indices: Sequence[int], everything: bool = False, amp: torch.dtype | None = None,
+def evaluate(method, samples: list, everything: bool = False, amp: torch.dtype | None = None,
              stop: "StopRequest | None" = None) -> dict[str, torch.Tensor] | None:
     """The ladder on pictures of a split: for each rung one confusion matrix over all of them.
 
-    dataset     01_data.EvalDataset with masks; the processes of a torchrun share `indices`, each image counts once
+    samples     with masks; the processes of a torchrun share them, each picture counts once
     everything  the rungs of several scales as well
     stop        asked before each image
     ->          {rung: (C, C)}; None if a process was asked to stop
@@ -129,36 +128,36 @@ def evaluate(method, dataset, indices: Sequence[int], everything: bool = False, 
     was_training, classes = method.model.training, method.info.num_classes
     method.model.eval()  # Deviation: the released training script leaves dropout on while it validates
     matrices = {rung: torch.zeros(classes, classes, dtype=torch.long) for rung in all_rungs(method, everything)}
-    for index in tqdm(indices[rank::world], desc="evaluating", disable=None if rank == 0 else True, leave=False):
+    for sample in tqdm(samples[rank::world], desc="evaluating", disable=None if rank == 0 else True, leave=False):
         if stop is not None and stop.requested:
             break
         try:
-            item = dataset[index]
+            item = data.as_item(sample, *data.load_pair(sample, classes, True), classes)
         except data.DataError as error:
             print(f"not scored: {error}", flush=True)
             continue
         found = climb(method, item["image"].to(method.device), item["labels"], everything, amp)
         for rung, matrix in matrices.items():
-            matrix += data.confusion_matrix(item["mask"], found.labels[rung].cpu(), classes)
+            matrix += cam.confusion_matrix(item["mask"], found.labels[rung].cpu(), classes)
     method.model.train(was_training)
     if wanted_anywhere(stop):
         return None
     return {rung: sum_over_processes(matrix) for rung, matrix in matrices.items()}
 
 
-def score(method, dataset, last: bool, amp: torch.dtype | None, stop: "StopRequest | None") -> tuple[dict, float] | None:
+def score(method, samples: list, last: bool, amp: torch.dtype | None, stop: "StopRequest | None") -> tuple[dict, float] | None:
     """The scores of all rungs; along the way on cfg.eval_images pictures, at the end on all, several scales included.
 
-    -> {rung: 01_data.scores} and what best.pt is chosen by: the segmentation's mIoU, each time on the same pictures; or None
+    -> {rung: 03_cam.scores} and what best.pt is chosen by: the segmentation's mIoU, each time on the same pictures; or None
     """
-    part = scored_on_the_way(method.cfg, len(dataset))
-    matrices = evaluate(method, dataset, part, last, amp, stop)
-    chosen_by = matrices and data.scores(matrices["segmentation"])["miou"]
-    rest = sorted(set(range(len(dataset))) - set(part))
+    part = scored_on_the_way(method.cfg, len(samples))
+    matrices = evaluate(method, [samples[n] for n in part], last, amp, stop)
+    chosen_by = matrices and cam.scores(matrices["segmentation"])["miou"]
+    rest = [samples[n] for n in sorted(set(range(len(samples))) - set(part))]
     if matrices and last and rest:
-        more = evaluate(method, dataset, rest, last, amp, stop)
+        more = evaluate(method, rest, last, amp, stop)
         matrices = more and {rung: matrix + more[rung] for rung, matrix in matrices.items()}
-    return matrices and ({rung: data.scores(matrix) for rung, matrix in matrices.items()}, chosen_by)
+    return matrices and ({rung: cam.scores(matrix) for rung, matrix in matrices.items()}, chosen_by)
 
 
 def scored_on_the_way(cfg, count: int) -> list[int]:
@@ -200,11 +199,11 @@ def draw_preview(method, samples: list, amp: torch.dtype | None, path: Path) -> 
         ids = sorted(sample.labels)
         row = {"image": image} | {rung: cam.paint(image, maps, ids, info.classes) for rung, maps in found.maps.items()}
         row |= {rung: data.overlay(image, x, info.classes) for rung, x in labels.items()}
-        rows.append(([info.classes[c] for c in sample.labels], row))
+        rows.append(row)
     method.model.train(was_training)
-    heads = list(dict.fromkeys(rung for _, row in rows for rung in row))  # a truth is missing here and there
-    blank = np.full((1, 1, 3), 255, np.uint8)
-    data.table_of_pictures(heads, [(names, [row.get(head, blank) for head in heads]) for names, row in rows]).save(path)
+    heads, blank = list(dict.fromkeys(chain(*rows))), np.full((1, 1, 3), 255, np.uint8)  # a truth is missing here and there
+    pictures = [row.get(head, blank) for row in rows for head in heads]
+    data.contact_sheet(pictures, heads * len(rows), columns=len(heads)).save(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -482,7 +481,6 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
                               timeout=PATIENCE.total_seconds() if args.workers else 0))
     val_samples = data.list_samples(info, root, "val")
     with_masks = [sample for sample in val_samples if sample.mask]
-    val_set = data.EvalDataset(with_masks, info.num_classes) if with_masks else None
     if rank == 0:
         settings = {**identity, "labels": described, "config": asdict(cfg), "processes": world, "data_path": str(root),
                     "torch": torch.__version__}
@@ -495,7 +493,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     looked = [data.inspect(sample, info.num_classes)[1] for sample in with_masks[:50]] if rank == 0 else []
     if warning := data.contradiction(sum(looked), len(looked)):
         say(f"warning: of the first {len(looked)} masks of val, {warning}")
-    if not val_set:
+    if not with_masks:
         say(f"nothing is scored: none of {len(val_samples)} images of val has a mask"
             + ("; `python 01_data.py coco` writes them" if info.name == "coco" else ""))
 
@@ -527,10 +525,10 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     seconds, measured = 0.0, 0  # of the steps since the last line
     for step in range(start, cfg.max_iters + 1):
         last = step == cfg.max_iters
-        if val_set and (last or step % cfg.eval_every == 0) and progress["evaluated"] < step:
+        if with_masks and (last or step % cfg.eval_every == 0) and progress["evaluated"] < step:
             if last:
-                say(f"scoring {len(val_set)} pictures, about {len(val_set) * per_image / world / 60:.1f} min")
-            found = score(method, val_set, last, amp, stop)
+                say(f"scoring {len(with_masks)} pictures, about {len(with_masks) * per_image / world / 60:.1f} min")
+            found = score(method, with_masks, last, amp, stop)
             if found is None:
                 break
             result, chosen_by = found
@@ -544,17 +542,17 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
                                               for rung in all_rungs(method)})
                 draw_curves(output).save(output / "preview" / "curves.png")
             save("last.pt")
-            note = data.without_truth(result, info)
+            note = cam.without_truth(result, info)
             say(f"mIoU at step {step}: " + "   ".join(f"{r} {100 * s['miou']:.1f}" for r, s in result.items())
                 + (note and f"   ({note})"))
             if last and rank == 0:
-                data.print_scores(result, info, f"{len(val_set)} images of val")
+                cam.print_scores(result, info, f"{len(with_masks)} images of val")
         if last:
-            checkpoint = output / ("best.pt" if val_set else "last.pt")
-            rest = ("--data-path", root) if val_set and (info.name != "shapes" or args.data_path) else ()
+            checkpoint = output / ("best.pt" if with_masks else "last.pt")
+            rest = ("--data-path", root) if with_masks and (info.name != "shapes" or args.data_path) else ()
             if broken:
                 say(f"{len(broken)} training pictures were passed over, see above")
-            what = [*rest, *(() if val_set else ("PICTURE",))]
+            what = [*rest, *(() if with_masks else ("PICTURE",))]
             say(f"\nlook at {output / 'preview'}, then:\n    {data.command(HERE / '06_infer.py', checkpoint, *what)}")
             return 0
 
@@ -583,9 +581,9 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
         if rank == 0 and (done % args.print_freq == 0 or done == cfg.max_iters):
             speed, seconds, measured = measured * cfg.batch_size / seconds, 0.0, 0
             lr, to_score = optimizer.param_groups[0]["lr"], 0
-            if val_set:
+            if with_masks:
                 on_the_way = (cfg.max_iters - 1) // cfg.eval_every - (done - 1) // cfg.eval_every
-                to_score = (on_the_way * len(scored_on_the_way(cfg, len(val_set))) + len(val_set)) / world
+                to_score = (on_the_way * len(scored_on_the_way(cfg, len(with_masks))) + len(with_masks)) / world
             minutes = ((cfg.max_iters - done) * cfg.batch_size / speed + to_score * per_image) / 60
             log.write(step=done, lr=f"{lr:.3e}", **{k: f"{v:.6f}" for k, v in values.items()}, images_per_s=f"{speed:.1f}")
             say(f"step {done:6d}/{cfg.max_iters}  " + "  ".join(f"{name} {value:.3f}" for name, value in values.items())

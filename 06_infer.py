@@ -122,8 +122,8 @@ def complain(error: Exception | str) -> None:
 
 def segment_pictures(method, args: argparse.Namespace) -> int:
     """Palette PNG, overlay and a line of text for each picture of one's own. -> how many files could not be used."""
-    info, failed, files = method.info, 0, data.picture_files(args.images)
-    results = data.result_files(files, args.output_dir, (".png", "_overlay.png"))
+    info, failed, files = method.info, 0, backbone.picture_files(args.images)
+    results = backbone.result_files(files, args.output_dir, (".png", "_overlay.png"))
     samples = [data.Sample(file.stem, str(file), None, (), "none", as_displayed=True) for file in files]
     for (sample, found), (prediction, overlay) in zip(segment_all(method, samples, args), results):
         if isinstance(found, data.DataError):
@@ -189,14 +189,14 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
         if sample.mask:
             scored.append(sample.name)
             for rung, labels in found.labels.items():
-                counts = data.confusion_matrix(found.truth, labels, info.num_classes)
+                counts = cam.confusion_matrix(found.truth, labels, info.num_classes)
                 matrices[rung] = matrices.get(rung, 0) + counts
 
     if matrices:
         names = ("background", *info.classes)
-        result = {rung: data.scores(matrix) for rung, matrix in matrices.items()}
+        result = {rung: cam.scores(matrix) for rung, matrix in matrices.items()}
         of = "" if len(scored) == len(samples) else f" of {len(samples)}"  # without mask, or unusable
-        data.print_scores(result, info, f"{args.split} of {info.name}, {len(scored)}{of} images, {describe(args, method.cfg)}")
+        cam.print_scores(result, info, f"{args.split} of {info.name}, {len(scored)}{of} images, {describe(args, method.cfg)}")
         for score in result.values():
             score["iou"] = {name: None if np.isnan(iou) else iou for name, iou in zip(names, score["iou"])}
         trained = {key: checkpoint.get(key) for key in ("method", "step", "masks", "seed", "frozen", "config")}
@@ -255,7 +255,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("images", nargs="*", help="pictures or folders of pictures; without any: the split is scored")
     p.add_argument("--data-path", metavar="DIR", help="where the data lies (default: data/NAME)")
     p.add_argument("--split", default="val", help="which part of the data set (default: %(default)s)")
-    p.add_argument("--scales", type=data.positive, nargs="+", metavar="X", help="default: the checkpoint's, say 1 1.5")
+    p.add_argument("--scales", type=float, nargs="+", metavar="X", help="default: the checkpoint's, say 1 1.5")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images too (default: yes)")
     p.add_argument("--crf", action="store_true", help="dense CRF on top, as in the papers (needs pydensecrf2)")
     p.add_argument("--par", action="store_true", help="PAR on top, not the papers': no package, runs on a GPU")
@@ -289,9 +289,10 @@ def main(argv: list[str] | None = None) -> int:
                              f"--split test, not {args.split}")
     if args.submit and not Path(args.submit).absolute().parent.is_dir():
         raise data.DataError(f"{Path(args.submit).absolute().parent}: no such folder for --submit; make it first")
-    frozen = {what: getattr(args, what) for what in ("clip", "dino") if getattr(args, what)}
-    method = decoder.restore(checkpoint, args.checkpoint, frozen, device)
-    args.scales = tuple(args.scales or method.cfg.scales)
+    options = {what: getattr(args, what) for what in ("clip", "dino") if getattr(args, what)}
+    options |= {"scales": tuple(args.scales)} if args.scales else {}
+    method = decoder.restore(checkpoint, args.checkpoint, options, device)
+    args.scales = method.cfg.scales
     print(f"{checkpoint['method']}, trained on {checkpoint['dataset']} for {checkpoint['step']} steps; "
           f"{describe(args, method.cfg)}; on {device}", flush=True)
     failed = segment_pictures(method, args) if args.images else segment_split(method, args, checkpoint)

@@ -100,7 +100,7 @@ class Progress:
     def add(self, name: str, truth: np.ndarray | None, labels: dict[str, np.ndarray], num_classes: int) -> None:
         self.done.append(name)
         for rung, label in labels.items() if truth is not None else ():
-            matrix = data.confusion_matrix(torch.from_numpy(truth), torch.from_numpy(label), num_classes)
+            matrix = cam.confusion_matrix(torch.from_numpy(truth), torch.from_numpy(label), num_classes)
             self.matrices[rung] = self.matrices.get(rung, 0) + matrix
 
     def save(self) -> None:
@@ -170,10 +170,10 @@ def main(argv: list[str] | None = None) -> int:
         if number % SAVE_EVERY == 0:
             progress.save()
     progress.save()
-    result = {rung: data.scores(matrix) for rung, matrix in progress.matrices.items()}
+    result = {rung: cam.scores(matrix) for rung, matrix in progress.matrices.items()}
     if result:
         best = [max((rung for rung in result if rung.startswith(step)), key=lambda rung: result[rung]["miou"]) for step in ALPHAS]
-        data.print_scores({rung: result[rung] for rung in (*best, last)}, info, f"{split} of {info.name}, {last} without 255")
+        cam.print_scores({rung: result[rung] for rung in (*best, last)}, info, f"{split} of {info.name}, {last} without 255")
     print(f"{len(progress.done)} masks in {output}, {sum(not sample.labels for sample in samples)} pictures without a class passed "
           f"over, {len(failed)} unusable; next: python 05_train.py {args.dataset} --masks {output}")
     return int(bool(failed))

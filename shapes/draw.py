@@ -1,15 +1,18 @@
 """The toy world `shapes`: origami figures on textured grounds, drawn from a seed.
 
 In     a seed and a number
-Out    `scene`, a picture with its mask; FIGURES and GROUNDS, whose keys are the classes and the background words.
-       01_data.make_shapes writes the data set, train.py draws from the same parts what the toy encoders learn from
+Out    `scene`, a picture with its mask; `make_shapes`, the data set; FIGURES and GROUNDS, whose keys are the classes and the
+       background words. train.py draws from the same parts what the toy encoders learn from
 
 Nothing of the project is imported here: 01_data imports this file.
 """
 import colorsys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+from tqdm import tqdm
 
 
 def _arc(x: float, y: float, rx: float, ry: float, corners: int = 20, start: float = 0, stop: float = 360) -> list:
@@ -192,3 +195,26 @@ def draw_scene(rng: np.random.Generator, size: int = 96) -> tuple[np.ndarray, np
 def scene(seed: int, index: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
     """Picture `index` of the endless list `seed`: the same in every process and worker. See `draw_scene`."""
     return draw_scene(np.random.default_rng((seed, index)), size)
+
+
+def make_shapes(root: Path, save_mask, seed: int = 0, n_train: int = 1000, n_val: int = 200) -> None:
+    """Draw the data set to a folder: images/, masks/ (by save_mask(path, mask)) and labels.csv, like any folder of one's own.
+
+    It is drawn beside its place and then renamed: whole or not there, also when several processes start at once.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
+        draft, lines = Path(folder) / root.name, ["file,classes,split"]
+        (draft / "images").mkdir(parents=True)
+        for number in tqdm(range(n_train + n_val), desc="drawing shapes", disable=None):
+            image, mask = scene(seed, number)
+            Image.fromarray(image).save(draft / "images" / f"{number:05d}.png")
+            save_mask(draft / "masks" / f"{number:05d}.png", mask)
+            names = ";".join(list(FIGURES)[value - 1] for value in np.unique(mask) if value)
+            lines.append(f"{number:05d}.png,{names},{'train' if number < n_train else 'val'}")
+        (draft / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        try:
+            draft.rename(root)
+        except OSError:
+            if not (root / "labels.csv").exists():  # otherwise another process was first, with the same pictures
+                raise

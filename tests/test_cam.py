@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import slow
 from slow import close
 
+data = import_module("01_data")
 backbone = import_module("02_backbone")
 cam = import_module("03_cam")
 
@@ -242,3 +243,35 @@ def test_par_moves_the_border_of_a_prediction_to_the_edge_of_the_picture(long_si
     expected = torch.where(torch.arange(40) < 20, 0, 3).expand(30, 40)
     wrong = labels != expected
     assert labels.dtype == torch.long and (not wrong.any() if long_side == 1024 else not wrong[:, [*range(19), *range(21, 40)]].any())
+
+
+# ---------------------------------------------------------------- scores
+
+def test_confusion_matrix_counts_pixel_by_pixel():
+    """The slow loop; void is not counted."""
+    rng = np.random.default_rng(0)
+    truth, guess = rng.choice([0, 1, 2, 3, 255], (2, 6, 7)), rng.integers(0, 4, (2, 6, 7))
+    expected = np.zeros((4, 4), int)
+    for t, g in zip(truth.ravel(), guess.ravel()):
+        if t != 255:
+            expected[t, g] += 1
+    result = cam.confusion_matrix(torch.from_numpy(truth.astype(np.uint8)), torch.from_numpy(guess), 4)
+    np.testing.assert_array_equal(result, expected)
+    for wrong in (torch.full((2, 6, 7), 4), torch.zeros(2, 7, 6, dtype=torch.long)):
+        with pytest.raises(ValueError, match="prediction"):
+            cam.confusion_matrix(torch.from_numpy(truth), wrong, 4)
+
+
+def test_scores_leave_out_classes_without_ground_truth():
+    """By hand: class 0 has 3 of 5, class 1 has 2 of 4 of its union; class 2 is only ever predicted, class 3 nowhere."""
+    result = cam.scores(torch.tensor([[3, 1, 0, 0], [1, 2, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]))
+    assert result["iou"][:3] == [3 / 5, 2 / 5, 0] and np.isnan(result["iou"][3])
+    assert result["miou"] == (3 / 5 + 2 / 5) / 2 and result["pixel_accuracy"] == 5 / 8
+    assert result["mean_accuracy"] == (3 / 4 + 2 / 4) / 2
+
+
+def test_a_class_without_a_pixel_of_truth_is_named_beside_the_miou(capsys):
+    """The mIoU is silent about it: said, or a mask that forgets a class scores well."""
+    matrix = torch.tensor([[5, 0], [0, 0]])
+    cam.print_scores({"x": cam.scores(matrix)}, data.with_prompts("own", ["fish"], []), "val")
+    assert "no pixel of truth, left out of the mIoU: fish" in capsys.readouterr().out

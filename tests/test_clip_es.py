@@ -112,9 +112,9 @@ def pooled(dataset, label_of):
     """Scores of one confusion matrix over the pictures of a data set."""
     arrays, _, _ = case()
     classes = data.dataset_info(dataset).num_classes
-    matrix = sum(data.confusion_matrix(torch.from_numpy(arrays[f"{d}_{n}_gt"]), torch.from_numpy(label_of(f"{d}_{n}", ours(d, n))), classes)
+    matrix = sum(cam.confusion_matrix(torch.from_numpy(arrays[f"{d}_{n}_gt"]), torch.from_numpy(label_of(f"{d}_{n}", ours(d, n))), classes)
                  for d, n in PICTURES if d == dataset)
-    return data.scores(matrix) | {"matrix": matrix}
+    return cam.scores(matrix) | {"matrix": matrix}
 
 
 @pytest.mark.parametrize("dataset", ["voc", "coco"])

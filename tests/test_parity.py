@@ -411,8 +411,8 @@ def units():
     out["dice_value"], out["dice_grad"] = grad_of(decoder.dice_loss, a["segloss_pred"], t["dice_label"].long())
     out["dice_value_with255"] = decoder.dice_loss(t["segloss_pred"], t["segloss_label"].long())
 
-    out["eval_hist"] = data.confusion_matrix(t["eval_gt"], t["eval_pred"], 21)
-    scores = data.scores(out["eval_hist"])
+    out["eval_hist"] = cam.confusion_matrix(t["eval_gt"], t["eval_pred"], 21)
+    scores = cam.scores(out["eval_hist"])
     out |= {"eval_pAcc": scores["pixel_accuracy"], "eval_mAcc": scores["mean_accuracy"], "eval_miou": scores["miou"],
             "eval_iou": scores["iou"]}
     for grid in ((10, 13), (20, 20)):

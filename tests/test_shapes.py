@@ -41,9 +41,9 @@ def test_each_refinement_lifts_the_cams(scenes):
         maps = {"raw": cam.enlarge(found.cams, mask.shape), "refined": found.maps}
         labels = {rung: cam.best_label(*cam.stack_scores(x, pairs, 1)) for rung, x in maps.items()} | {"label": found.labels}
         for rung, label in labels.items():
-            matrix = data.confusion_matrix(torch.from_numpy(mask), label[0], INFO.num_classes)
+            matrix = cam.confusion_matrix(torch.from_numpy(mask), label[0], INFO.num_classes)
             matrices[rung] = matrices.get(rung, 0) + matrix
-    miou = {rung: 100 * data.scores(matrix)["miou"] for rung, matrix in matrices.items()}
+    miou = {rung: 100 * cam.scores(matrix)["miou"] for rung, matrix in matrices.items()}
     assert miou["raw"] < miou["refined"] < miou["label"] and miou["label"] - miou["raw"] >= 5, miou
 
 
@@ -56,15 +56,15 @@ def test_colour_alone_does_not_tell_the_classes(scenes):
     for i in range(200):
         image, mask = draw.scene(54_321, i)
         np.add.at(counts, (bins(image), mask.ravel()), 1)
-    matrix = sum(data.confusion_matrix(torch.from_numpy(mask.ravel()), torch.from_numpy(counts.argmax(1)[bins(image)]),
+    matrix = sum(cam.confusion_matrix(torch.from_numpy(mask.ravel()), torch.from_numpy(counts.argmax(1)[bins(image)]),
                                        INFO.num_classes) for image, mask in scenes)
-    assert data.scores(matrix)["miou"] < 0.15
+    assert cam.scores(matrix)["miou"] < 0.15
 
 
 @pytest.mark.parametrize(("module", "kind"), [(backbone, "look"), (cam, "cam")])
 def test_run_alone_the_file_leaves_a_picture(tmp_path, monkeypatch, capsys, module, kind):
     """Without arguments of one's own: a picture of `shapes`; with a photo and words: that one, whatever its size and mode."""
-    data.make_shapes(tmp_path / "shapes", n_train=1, n_val=2)
+    draw.make_shapes(tmp_path / "shapes", data.save_mask, n_train=1, n_val=2)
     monkeypatch.setattr(data, "find_root", lambda *_: tmp_path / "shapes")
     assert module.main(["--out", str(tmp_path)]) == 0
     Image.fromarray(scene_of_one_figure()).convert("L").resize((150, 97)).save(tmp_path / "my photo ü.png")
@@ -80,7 +80,7 @@ def test_run_alone_the_file_leaves_a_picture(tmp_path, monkeypatch, capsys, modu
 @pytest.mark.parametrize("name", decoder.HERE_ARE)
 def test_run_alone_04_prints_the_shape_of_every_stage(tmp_path, monkeypatch, capsys, name):
     """From the image to the losses; a third picture there is not."""
-    data.make_shapes(tmp_path / "shapes", n_train=1, n_val=2)
+    draw.make_shapes(tmp_path / "shapes", data.save_mask, n_train=1, n_val=2)
     monkeypatch.setattr(data, "find_root", lambda *_: tmp_path / "shapes")
     assert decoder.main(["--method", name, "--index", "1"]) == 0
     printed = capsys.readouterr().out

@@ -119,13 +119,14 @@ def test_the_score_of_the_last_evaluation_is_that_of_the_predictions(world, tmp_
 def test_along_the_way_part_of_the_pictures_is_scored_and_all_at_the_end(world, tmp_path, monkeypatch):
     """best.pt is chosen by the same pictures each time; each picture counts once in the last scores."""
     scored, evaluate = [], train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda method, dataset, indices, *a: (
-        scored.append(list(indices)) or evaluate(method, dataset, indices, *a)))
+    monkeypatch.setattr(train, "evaluate", lambda method, samples, *a: (
+        scored.append([sample.name for sample in samples]) or evaluate(method, samples, *a)))
     train.main(arguments(world, tmp_path / "part", "--max-iters", 2, "--eval-every", 1, "--eval-images", 2))
-    assert scored == [[0, 3], [0, 3], [1, 2]]
+    one, two, three, four = [sample.name for sample in data.list_samples(data.dataset_info(world), world, "val")]
+    assert scored == [[one, four], [one, four], [two, three]]
     train.main(arguments(world, tmp_path / "all", "--max-iters", 2, "--eval-every", 1))
     last = [(tmp_path / run / "scores.csv").read_text().splitlines()[-1] for run in ("part", "all")]
-    assert last[0] == last[1] and scored[3:] == [[0, 1, 2, 3]] * 2
+    assert last[0] == last[1] and scored[3:] == [[one, two, three, four]] * 2
 
 
 @pytest.fixture
