@@ -248,9 +248,10 @@ def normalize(image: np.ndarray, mean: tuple = IMAGE_MEAN, std: tuple = IMAGE_ST
     return torch.from_numpy(scaled.transpose(2, 0, 1).copy())
 
 
-def left_out(paths: Iterable[Path]) -> str:
-    """What was not taken, in words: "3 .heic, 1 folder"; "" if nothing."""
-    kinds = Counter("folder" if path.is_dir() else path.suffix.lower() or "without ending" for path in paths)
+def left_out(paths: Iterable[Path], root: Path | None = None) -> str:
+    """What was not taken, in words: "3 .heic, 1 folder", with `root` "3 .heic in images"; "" if nothing."""
+    kinds = Counter(("folder" if path.is_dir() else path.suffix.lower() or "without ending")
+                    + (f" in {path.parent.relative_to(root)}" if root else "") for path in paths)
     return ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
 
 
@@ -857,7 +858,7 @@ def contradiction(differing: int, masks: int) -> str:
 def report(info: DatasetInfo, root: Path, thorough: bool) -> list[str]:
     """Print what each split has. -> all problems found; `thorough` opens every file and compares masks with labels."""
     problems: list[str] = []
-    seen: set[str] = set()
+    seen, used = set(), {str(root / "labels.csv")}
     for split, published in SPLITS[info.name].items():
         try:
             samples = list_samples(info, root, split, problems)
@@ -868,6 +869,7 @@ def report(info: DatasetInfo, root: Path, thorough: bool) -> list[str]:
                 problems.append(str(error))
             continue
         print(f"{split:10} {describe(samples)}")
+        used.update(path for sample in samples for path in (sample.image, sample.mask))
         of_2017 = info.name == "coco" and coco_places(root, split)[0].name.endswith("2017")  # another division of the same
         if published not in (None, len(samples)) and not of_2017:
             problems.append(f"{split}: {len(samples)} usable images, the published split has {published}")
@@ -889,13 +891,11 @@ def report(info: DatasetInfo, root: Path, thorough: bool) -> list[str]:
             if old:
                 problems.append(f"{len(old)} masks of {split} are older than the json; `python 01_data.py coco` writes them anew")
     if info.name == "folder":
-        folder = picture_folder(root)
-        listed = {nfc(str(folder / file)) for file, _, _ in folder_rows(root)} | {nfc(str(root / "labels.csv"))}
-        rest = left_out(path for path in folder.rglob("*") if path.is_file() and path.name[0] != "." and nfc(str(path)) not in listed
-                        and path.relative_to(root).parts[0] not in ("masks", "predictions"))
+        rest = left_out((path for path in root.rglob("*") if path.is_file() and str(path) not in used and not any(
+            part[0] == "." or part == "predictions" for part in path.relative_to(root).parts)), root)
         if rest:
-            problems.append(f"left out of {folder}: {rest}; wanted pictures that are listed, ending in "
-                            + ", ".join(sorted(picture_formats())))
+            problems.append(f"left out: {rest}; wanted pictures that are listed, ending in {', '.join(sorted(picture_formats()))}; "
+                            "their masks, if any, as masks/NAME.png")
         made_of = [name for name in info.classes if len(set(re.split(r"[ ,&+/]+", name)) & {*info.classes} - {name}) > 1]
         if made_of:
             problems.append(f"classes made of other classes: {', '.join(made_of[:10])}; several classes of a picture are "

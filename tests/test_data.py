@@ -892,7 +892,18 @@ def test_class_folders_below_train_and_val_are_read_and_what_is_left_out_is_name
     assert info.classes == ("cat", "dog")
     assert [(s.name, s.labels) for s in data.list_samples(info, tmp_path, "val")] == [("val/cat/3", (0,)), ("val/dog/deeper/4", (1,))]
     assert data.main([str(tmp_path), "--check"]) == 1
-    assert "1 .heic" in capsys.readouterr().out
+    assert "1 .heic in train/cat" in capsys.readouterr().out
+
+
+def test_masks_under_other_names_are_said(tmp_path, capsys):
+    """Without a word the folder would train, and be scored on nothing."""
+    picture(tmp_path / "images/a.jpg")
+    for name in ("gt/a.png", "masks/a_mask.png"):
+        picture(tmp_path / name)
+    (tmp_path / "labels.csv").write_text("a.jpg,cat\n")
+    assert data.main([str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "0 masks" in printed and "left out: 1 .png in gt, 1 .png in masks" in printed and "as masks/NAME.png" in printed
 
 
 def test_accents_are_one_letter_however_they_are_written(tmp_path):
