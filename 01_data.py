@@ -184,8 +184,8 @@ def read_picture(path: str | Path, read):
         with Image.open(path, formats=sorted(set(picture_formats().values()))) as image:
             return read(image)
     except Exception as error:  # broken files make Pillow raise nearly anything, DecompressionBombError among it
-        raise DataError(f"{path}: cannot be read as a picture ({type(error).__name__}: {error}); "
-                        "replace the file or take it off the list") from error
+        raise DataError(f"{path}: cannot be read as a picture ({type(error).__name__}: {error}); replace the file "
+                        "(by JPEG, PNG, WebP, ...: its content counts, not its name) or take it off the list") from error
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:

@@ -9,7 +9,8 @@ Paper  "CLIP is Also an Efficient Segmenter", CVPR 2023: the root of the family.
     python 05_train.py voc --masks masks        # a decoder learns from them; it stands in for the paper's DeepLab
     python methods/clip_es.py shapes            # the toy world; FOLDER and coco too
 
-What is stopped goes on where it was. Without the package pydensecrf2 PAR takes the place of the CRF, and nothing becomes 255.
+What is stopped goes on where it was. Without the package pydensecrf2, or with --par, PAR takes the place of the CRF, and
+nothing becomes 255.
 Letters: K classes of a picture, H, W its pixels, h, w and N = h * w patches.
 """
 import argparse
@@ -118,6 +119,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--output-dir", metavar="DIR", help="default: runs/NAME-clip_es")
     p.add_argument("--background", nargs="+", metavar="WORD", help="background words instead of the data set's")
     p.add_argument("--box-fraction", type=float, metavar="X", help="of the CAM's maximum (default: 0.4; COCO 0.7, shapes 0.2)")
+    p.add_argument("--par", action="store_true", help="PAR in place of the CRF, also where pydensecrf2 is installed")
     p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 (shapes: its toy)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     p.add_argument("-j", "--workers", type=data.count, metavar="N", default=max(1, min(8, (os.cpu_count() or 1) // 2)),
@@ -134,11 +136,13 @@ def main(argv: list[str] | None = None) -> int:
     model = backbone.load_clip(args.clip or ("shapes" if info.name == "shapes" else "ViT-B/16"), device)
     texts = [backbone.text_features(model, words) for words in (info.prompts, info.background)]
     fraction = args.box_fraction or BOX_FRACTION.get(info.name, 0.4)
+    through, last = partial(cam.crf_in_processes, workers=args.workers, work=crf_mask), "CRF"
     try:
         cam.crf_package()
-        through, last = partial(cam.crf_in_processes, workers=args.workers, work=crf_mask), "CRF"
     except data.DataError as error:
         print(f"PAR instead of the CRF, and no pixel becomes 255: {error}")
+        args.par = True
+    if args.par:
         through, last = lambda jobs: ((key, par_mask(*job)) for key, job in jobs), "PAR"
     output = Path(args.output_dir or f"runs/{root.resolve().name if info.name == 'folder' else info.name}-clip_es")
     progress = Progress(output / "progress.json", {"dataset": info.name, "classes": info.classes and list(info.classes), "split": split,
@@ -174,8 +178,10 @@ def main(argv: list[str] | None = None) -> int:
     if result:
         best = [max((rung for rung in result if rung.startswith(step)), key=lambda rung: result[rung]["miou"]) for step in ALPHAS]
         cam.print_scores({rung: result[rung] for rung in (*best, last)}, info, f"{split} of {info.name}, {last} without 255")
+    where = ("--data-path", args.data_path) if args.data_path else ()
+    next_command = data.command(Path(__file__).parents[1] / "05_train.py", args.dataset, *where, "--masks", output)
     print(f"{len(progress.done)} masks in {output}, {sum(not sample.labels for sample in samples)} pictures without a class passed "
-          f"over, {len(failed)} unusable; next: python 05_train.py {args.dataset} --masks {output}")
+          f"over, {len(failed)} unusable; next: {next_command}")
     return int(bool(failed))
 
 
