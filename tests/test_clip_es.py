@@ -152,7 +152,7 @@ def test_the_command_leaves_masks_that_05_learns_from_and_scores_every_step(worl
     """One palette PNG per picture at its size, with its own classes only; one confusion matrix per step."""
     assert clip_es.main(command(world, tmp_path / "masks")) == 0
     said = capsys.readouterr().out
-    assert "8 masks in" in said and f"05_train.py {world} --masks {tmp_path / 'masks'}" in said and "mIoU" in said
+    assert "8 masks in" in said and data.command(train.__file__, world, "--masks", tmp_path / "masks") in said and "mIoU" in said
     for number in range(8):
         mask = data.load_mask(tmp_path / "masks" / f"{number}.png", 4, (84, 70))
         assert set(np.unique(mask).tolist()) <= {0, 1 + number % 3, 255}
