@@ -41,12 +41,17 @@ BOX_FRACTION = {"voc": 0.4, "coco": 0.7, "shapes": 0.2}  # of the CAM's maximum;
 MAPS = 8                                                 # of CLIP's last blocks are averaged; the toy has fewer, all are taken
 ALPHAS = {"CAM": range(1, 11), "refined": (1, 2)}        # backgrounds (1 - max)^alpha that are tried when scoring
 CRF = (10, (1, 3), (67, 3, 4))                           # iterations; pixels, weight; pixels, grey levels, weight
+LARGEST = 1024                                           # pixels: long side of what CLIP sees, at most
 SAVE_EVERY = 50                                          # pictures
 
 
 def network_image(image: np.ndarray, patch: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (H', W', 3) uint8, each side enlarged to the next multiple of the patch: Pillow's bicubic."""
-    height, width = (patch * math.ceil(length / patch) for length in image.shape[:2])
+    """(H, W, 3) uint8 -> (H', W', 3) uint8, each side enlarged to the next multiple of the patch: Pillow's bicubic.
+
+    Deviation: photographs of more than LARGEST pixels are made smaller; attention grows with the fourth power of a side.
+    """
+    factor = min(1, LARGEST / max(image.shape[:2]))
+    height, width = (patch * math.ceil(factor * length / patch) for length in image.shape[:2])
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 

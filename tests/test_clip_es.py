@@ -142,6 +142,12 @@ def test_the_four_scores_of_the_masks_are_those_of_the_released_code(dataset):
         arrays[f"{dataset}_score_crf"].tolist(), abs=1e-6)
 
 
+def test_a_photograph_is_seen_at_a_long_side_of_1024():
+    """Attention of 4000 x 3000 pixels would take hundreds of gigabytes. VOC and COCO stay as they are, but for the patch."""
+    for size, seen in (((3000, 4000), (768, 1024)), ((5000, 7), (1024, 16)), ((375, 500), (384, 512)), ((640, 480), (640, 480))):
+        assert clip_es.network_image(np.zeros((*size, 3), np.uint8), 16).shape == (*seen, 3)
+
+
 # ----------------------------------------------------------------------------------------------------------- the command
 
 def command(world, output, *more):
