@@ -133,19 +133,20 @@ class Seen(NamedTuple):
 
 
 @torch.no_grad()
-def look(model: nn.Module, images: torch.Tensor, num_maps: int = 0, amp: torch.dtype | None = None) -> Seen:
+def look(model: nn.Module, images: torch.Tensor, num_maps: int = 0, amp: torch.dtype | None = None, positions=None) -> Seen:
     """What does the frozen CLIP see in an image, block by block? The last block is left to 03_cam.grad_cam.
 
-    images    (B, 3, H, W) normalised with ImageNet statistics; a remainder of H or W over the patch size is cut off
-    num_maps  of how many of the blocks, counted from the last of these, the attention map is wanted
-    amp       torch.bfloat16 or torch.float16 inside; what comes out is float32 all the same
+    images     (B, 3, H, W) normalised with ImageNet statistics; a remainder of H or W over the patch size is cut off
+    num_maps   of how many of the blocks, counted from the last of these, the attention map is wanted
+    amp        torch.bfloat16 or torch.float16 inside; what comes out is float32 all the same
+    positions  how the trained grid of positions becomes that of the image; None: clip_position_embedding
     """
     visual = model.visual
     with in_precision(amp, images.device):
         patches = visual.conv1(images)  # (B, D, h, w)
         grid = tuple(patches.shape[-2:])
         cls = visual.class_embedding.expand(len(images), 1, -1)
-        position = clip_position_embedding(visual.positional_embedding, grid)
+        position = (positions or clip_position_embedding)(visual.positional_embedding, grid)
         x = visual.ln_pre(torch.cat([cls, patches.flatten(2).mT], dim=1) + position)
         blocks, tokens, maps = visual.transformer.resblocks[:-1], [], []
         for i, block in enumerate(blocks):
@@ -184,6 +185,15 @@ def clip_position_embedding(embedding: torch.Tensor, grid: tuple[int, int]) -> t
     side = round((len(embedding) - 1) ** 0.5)
     square = embedding[1:].unflatten(0, (side, side)).permute(2, 0, 1)[None]  # (1, D, G, G)
     resized = F.interpolate(square, size=tuple(grid), mode="bilinear", align_corners=False)
+    return torch.cat([embedding[:1], resized[0].flatten(1).mT])
+
+
+def stretched_position_embedding(embedding: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """The same, bicubic, by factors of (h + 0.1) / G, a guard against rounding that shifts every sample a little: as Meta's
+    plain DINOv2 has it, and label-free methods on CLIP."""
+    side = round((len(embedding) - 1) ** 0.5)
+    square = embedding[1:].mT.unflatten(1, (side, side))[None]  # (1, D, G, G)
+    resized = F.interpolate(square, scale_factor=[(length + 0.1) / side for length in grid], mode="bicubic")
     return torch.cat([embedding[:1], resized[0].flatten(1).mT])
 
 
@@ -257,17 +267,15 @@ class DINOv2(nn.Module):
     def position_embedding(self, h: int, w: int) -> torch.Tensor:
         """The trained G x G grid of positions on an h x w one, bicubic: (1, 1+h*w, D).
 
-        The plain models stretch by (size + 0.1) / G, a guard against rounding that shifts every sample a little;
-        the register models resize to the size itself, with antialiasing. Both as in Meta's hub entries.
+        The plain models stretch by (size + 0.1) / G; the register models resize to the size itself, with antialiasing. Both
+        as in Meta's hub entries.
         """
         if (h, w) == (self.grid, self.grid):
             return self.pos_embed
+        if not self.registers:
+            return stretched_position_embedding(self.pos_embed[0], (h, w))[None]
         square = self.pos_embed[:, 1:].mT.unflatten(2, (self.grid, self.grid))  # (1, D, G, G)
-        if self.registers:
-            resized = F.interpolate(square, size=(h, w), mode="bicubic", antialias=True)
-        else:
-            factors = ((h + 0.1) / self.grid, (w + 0.1) / self.grid)
-            resized = F.interpolate(square, scale_factor=factors, mode="bicubic")
+        resized = F.interpolate(square, size=(h, w), mode="bicubic", antialias=True)
         return torch.cat([self.pos_embed[:, :1], resized.flatten(2).mT], dim=1)
 
     def tokens(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

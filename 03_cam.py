@@ -184,11 +184,11 @@ PAR_OFFSETS = [(dy * d, dx * d) for d in PAR_DILATIONS
                for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]  # 48 neighbours
 
 
-def _neighbours(maps: torch.Tensor):
-    """The 48 shifted views of (B, X, H, W), borders replicated; one padded copy, no copy per neighbour."""
-    reach, (height, width) = max(PAR_DILATIONS), maps.shape[-2:]
+def neighbours(maps: torch.Tensor, offsets: list[tuple[int, int]] = PAR_OFFSETS):
+    """The 48 shifted views of (B, X, H, W), or others, borders replicated; one padded copy, no copy per neighbour."""
+    reach, (height, width) = max(map(max, offsets)), maps.shape[-2:]
     padded = F.pad(maps, (reach,) * 4, mode="replicate")
-    for dy, dx in PAR_OFFSETS:
+    for dy, dx in offsets:
         yield padded[..., reach + dy:reach + dy + height, reach + dx:reach + dx + width]
 
 
@@ -199,13 +199,13 @@ def par_weights(images: torch.Tensor) -> torch.Tensor:
     neighbours; position: the same of the distances, times 0.01 (AFA).
     """
     count = len(PAR_OFFSETS)
-    mean = sum(_neighbours(images)) / count
+    mean = sum(neighbours(images)) / count
     squares = torch.zeros_like(images)
-    for x in _neighbours(images):
+    for x in neighbours(images):
         squares.addcmul_(x - mean, x - mean)
     precision = 1 / (0.3 * ((squares / (count - 1)).sqrt() + 1e-8))
     colour = images.new_empty(len(images), count, *images.shape[-2:])
-    for n, x in enumerate(_neighbours(images)):
+    for n, x in enumerate(neighbours(images)):
         torch.mean((x - images).mul_(precision).square_(), dim=1, out=colour[:, n])
     distance = torch.tensor([(dy * dy + dx * dx) ** 0.5 for dy, dx in PAR_OFFSETS], device=images.device)
     position = -(distance / (distance.std() + 1e-8) / 0.3).square()
@@ -225,7 +225,7 @@ def par(images: torch.Tensor, maps: torch.Tensor, iterations: int = 20) -> torch
     weights = par_weights(images)
     for _ in range(iterations):
         refined = torch.zeros_like(maps)
-        for weight, neighbour in zip(weights.unbind(1), _neighbours(maps), strict=True):
+        for weight, neighbour in zip(weights.unbind(1), neighbours(maps), strict=True):
             refined.addcmul_(weight[:, None], neighbour)
         maps = refined
     return maps
