@@ -66,6 +66,7 @@ class DatasetInfo:
     classes: tuple[str, ...]      # the C-1 foreground classes, as people call them; class i is value i + 1 in a mask
     prompts: tuple[str, ...]      # what CLIP's text encoder reads for them, same order
     background: tuple[str, ...]   # what else a picture may show: the rivals of the classes in the CAM's softmax
+    folder: str | None = None     # where a folder of one's own lies
 
     @property
     def num_classes(self) -> int:
@@ -131,13 +132,14 @@ def dataset_info(name_or_folder: str, background: list[str] | None = None) -> Da
     """
     info = DATASETS.get(str(name_or_folder))
     if info is None:
-        rows = folder_rows(find_root(name_or_folder))
+        root = find_root(name_or_folder)
+        rows = folder_rows(root)
         classes = tuple(sorted({name for _, names, _ in rows for name in names}))
         if not 0 < len(classes) < IGNORE_INDEX:
             raise DataError(f"{name_or_folder}: {len(classes)} classes, wanted 1 to {IGNORE_INDEX - 1}; "
                             "write labels.csv (file,class;class) or make one sub-folder of pictures per class")
         words = tuple(word for word in VOC_BACKGROUND if word not in classes)
-        info = DatasetInfo("folder", classes, tuple(name.replace("_", " ") for name in classes), words)
+        info = DatasetInfo("folder", classes, tuple(name.replace("_", " ") for name in classes), words, str(root))
         twice = [prompt for prompt, number in Counter(map(str.lower, info.prompts)).items() if number > 1]
         if twice:
             raise DataError(f"{name_or_folder}: two classes that CLIP reads as {', '.join(twice)}; give them one name")

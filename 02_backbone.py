@@ -109,7 +109,7 @@ def text_features(model: nn.Module, names: tuple[str, ...], template: str = data
     try:
         tokens = clip.tokenize([template.format(name) for name in names])
     except RuntimeError as error:  # the text tower reads 77 tokens
-        raise data.DataError(f"a class name is too long for CLIP: {error}") from error
+        raise data.DataError(f"a class name or a description is too long for CLIP, make it shorter: {error}") from error
     return F.normalize(model.encode_text(tokens.to(model.token_embedding.weight.device)), dim=-1)
 
 
@@ -143,11 +143,7 @@ def look(model: nn.Module, images: torch.Tensor, num_maps: int = 0, amp: torch.d
     """
     visual = model.visual
     with in_precision(amp, images.device):
-        patches = visual.conv1(images)  # (B, D, h, w)
-        grid = tuple(patches.shape[-2:])
-        cls = visual.class_embedding.expand(len(images), 1, -1)
-        position = (positions or clip_position_embedding)(visual.positional_embedding, grid)
-        x = visual.ln_pre(torch.cat([cls, patches.flatten(2).mT], dim=1) + position)
+        x, grid = first_tokens(visual, images, positions)
         blocks, tokens, maps = visual.transformer.resblocks[:-1], [], []
         for i, block in enumerate(blocks):
             attended, attn = attend(block.attn, block.ln_1(x), with_map=i >= len(blocks) - num_maps)
@@ -160,12 +156,26 @@ def look(model: nn.Module, images: torch.Tensor, num_maps: int = 0, amp: torch.d
     return Seen(tokens, torch.stack(maps, dim=1) if maps else no_maps, grid)
 
 
+def first_tokens(visual: nn.Module, images: torch.Tensor, positions=None) -> tuple[torch.Tensor, tuple[int, int]]:
+    """What enters CLIP's first block? (B, 3, H, W) -> (B, 1+N, D), the grid (h, w); `positions` as in `look`."""
+    patches = visual.conv1(images)  # (B, D, h, w)
+    grid = tuple(patches.shape[-2:])
+    cls = visual.class_embedding.expand(len(images), 1, -1)
+    position = (positions or clip_position_embedding)(visual.positional_embedding, grid)
+    return visual.ln_pre(torch.cat([cls, patches.flatten(2).mT], dim=1) + position), grid
+
+
 def attend(mha: nn.MultiheadAttention, x: torch.Tensor, with_map: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Self-attention of one block; the attention map is formed only when somebody reads it.
 
     x  (B, T, D)  ->  (B, T, D) and the mean over heads of softmax(q k^T / sqrt(d)), (B, T, T) [query, key], or None
     """
-    q, k, v = queries_keys_values(mha, x)
+    return answer(mha, *queries_keys_values(mha, x), with_map)
+
+
+def answer(mha: nn.MultiheadAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+           with_map: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attend` for those who have the queries, keys and values (B, heads, T, d) already."""
     if with_map:
         weights = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(dim=-1)
         out, mean_map = weights @ v, weights.mean(dim=1)

@@ -437,25 +437,26 @@ class WeCLIP:
         return sums / len(scales or self.cfg.scales)
 
     @torch.no_grad()
-    def ladder(self, image: torch.Tensor, labels: torch.Tensor, amp: torch.dtype | None = None) -> "Ladder":
+    def ladder(self, image: torch.Tensor, labels: torch.Tensor, amp: torch.dtype | None = None, trained: bool = True) -> "Ladder":
         """Every stage of one image (3, H, W) as a label map: how much does each add? One scale, no mirror.
 
-        labels  (C-1,) multi-hot image-level labels: the rungs need them, the segmentation does not
+        labels   (C-1,) multi-hot image-level labels: the rungs need them, the segmentation does not
+        trained  False: nothing has been learned, there is no segmentation
         """
         images, pairs, size = self.network_image(image), cam.class_pairs(labels[None].cpu()), image.shape[-2:]
         seen = self.look(images, for_labels=True, amp=amp)
-        prediction = self.model(seen)
+        prediction = self.model(seen) if trained else None
         found = self.pseudo_labels(images, pairs, seen, prediction, size)
         maps = dict(zip(self.rungs, (cam.enlarge(found.cams, size), found.maps)))
         steps = {rung: cam.best_label(*cam.stack_scores(x, pairs, 1))[0] for rung, x in maps.items()}
-        segmentation = cam.enlarged_labels(prediction.logits[0], size)
-        return Ladder(steps | {self.rungs[-1]: found.labels[0], "segmentation": segmentation}, maps)
+        steps[self.rungs[-1]] = found.labels[0]
+        return Ladder(steps | ({"segmentation": cam.enlarged_labels(prediction.logits[0], size)} if trained else {}), maps)
 
 
 class Ladder(NamedTuple):
     """One image through all stages, by the name of the rung."""
 
-    labels: dict[str, torch.Tensor]  # (H, W) long; the last is the segmentation
+    labels: dict[str, torch.Tensor]  # (H, W) long; the last is the segmentation, if anything is trained
     maps: dict[str, torch.Tensor]    # (K, H, W) in [0, 1), what the first labels are made of; classes ascending
 
 

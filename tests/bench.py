@@ -75,8 +75,8 @@ class Batch:
     def floor(self):
         plain_forward(self.method, self.images)
 
-    def step(self, amp=None):
-        train.train_step(self.method, self.optimizer, self.images, self.labels, STEP, amp=amp)
+    def step(self, amp=None, step=STEP):
+        train.train_step(self.method, self.optimizer, self.images, self.labels, step, amp=amp)
 
     def stages(self, amp=None):
         """What the single stages take: attributes of the same names."""
@@ -204,6 +204,24 @@ def bench_step(args) -> None:
         ratios(timed(args, {f"floor, {method}": batch.floor, f"training step, {method}": batch.step}),
                {f"training step, {method}": f"wanted: {1.5 if args.device.type == 'cuda' else 2.0}"})
         memory_line(f"training step, {method}", batch.step, args.device, "3 GB" if method == "weclip" else "4 GB")
+
+
+def bench_excel(args) -> None:
+    """ExCEL: both paths, the maps of a batch of 4, a step before the switch to LVC and one after; in floors of CLIP alone."""
+    plain, batch = Batch(args).stages(), Batch(args, "excel").stages()
+    method, switch = batch.method, batch.method.cfg.dynamic_from
+    prediction = method.model(batch.seen)
+    times = timed(args, {"floor, CLIP alone": plain.floor,
+                         "both paths, with six maps": lambda: method.look(batch.images, True),
+                         "CLIP's path, with six maps": lambda: backbone.look(method.clip, batch.images, 6),
+                         "maps before the switch": lambda: method.cams(batch.seen, prediction, batch.pairs, 0),
+                         "maps after it": lambda: method.cams(batch.seen, prediction, batch.pairs, switch),
+                         "Grad-CAM of the same words": plain.grad_cam,
+                         "training step, before the switch": lambda: batch.step(step=0),
+                         "training step, after it": lambda: batch.step(step=switch)})
+    ratios(times, {"maps before the switch": "no backward pass", "maps after it": "the second look is in it"})
+    for name, step in (("before the switch", 0), ("after it", switch)):
+        memory_line(f"training step, {name}", lambda step=step: batch.step(step=step), args.device, "3 GB")
 
 
 def bench_grow(args) -> None:

@@ -52,7 +52,7 @@ def load_case(name: str) -> tuple[dict, dict]:
 
 def picked_entries(info: dict, key: str) -> list[int]:
     """Which entries of the first axis an array `X__pick` holds; the json says so in words."""
-    return json.loads(re.search(r"first-axis entries (\[.*?\])", info["arrays"][key]["what"])[1])
+    return json.loads(re.search(r"entries (\[[0-9, ]*\])", info["arrays"][key]["what"])[1])
 
 
 def noise(group: str, name: str, shape, seed: int) -> np.ndarray:
