@@ -14,12 +14,14 @@ Letters: B images, P (image, class) pairs, C classes with background, H, W pixel
 D width, M attention maps, E joint embedding width. Class 0 is the background: foreground class c is c + 1 in a label.
 """
 import math
+import os
 import sys
+import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -350,6 +352,18 @@ def crf_labels(image: np.ndarray, ids: np.ndarray, probs: np.ndarray, *numbers) 
     return ids[crf(image, probs, *numbers).argmax(axis=0)]
 
 
+def live_as_long_as_the_training(worker: int = 0) -> None:
+    """First act of a process that works for a training. It ends when that ends, however it does, not by signals to both.
+
+    Ctrl-C and torchrun's signals go to whole process groups, but the training, which saves first, still needs its workers.
+    When it is killed, torch's own workers wait for ever if a server has started them, as on Linux from Python 3.14.
+    """
+    if hasattr(os, "setsid"):  # not on Windows
+        os.setsid()
+    training = parent_process()
+    threading.Thread(target=lambda: (training.join(), os._exit(1)), daemon=True).start()
+
+
 def crf_in_processes(jobs, workers: int, work=crf_labels):
     """Many pictures through the CRF: while worker processes are at some, the caller's network goes on with the next ones.
 
@@ -357,7 +371,7 @@ def crf_in_processes(jobs, workers: int, work=crf_labels):
     ->    (key, result or None) in the same order, up to 2 * workers pictures late
     """
     waiting = deque()
-    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), live_as_long_as_the_training)
     try:
         for key, job in jobs:
             waiting.append((key, job and pool.submit(work, *job)))

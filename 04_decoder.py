@@ -255,6 +255,7 @@ class Config:
     batch_size: int = 4             # images per step, all processes together; -b counts per process
     lr: float = 2e-3                # AdamW, of what is trained. The released config says 2e-4, its script multiplies by 10
     warmup: int = 50                # steps
+    decay: str = "linear"           # of the learning rate, to 0; or cosine, to a hundredth
     weight_decay: float = 0.01      # AdamW
     crop_size: int = 320            # pixels
     scale_range: tuple[float, float] = (0.5, 2.0)  # of the random scale before the crop
@@ -274,6 +275,8 @@ class Config:
                 if wrong or (number == 0 and field.name in ABOVE_ZERO):
                     raise data.DataError(f"--{field.name.replace('_', '-')} {number}: wanted a number "
                                          f"{'above 0' if field.name in ABOVE_ZERO else 'that is not negative'}")
+        if self.decay not in ("linear", "cosine"):
+            raise data.DataError(f"--decay {self.decay}: wanted linear or cosine")
 
 
 @dataclass(frozen=True)
@@ -322,7 +325,7 @@ class WeCLIP:
             "coco": WeCLIPConfig(box_fraction=0.7, dynamic_maps=10, dynamic_from=40_000, max_iters=80_000, eval_every=10_000),
             "shapes": WeCLIPConfig(**SHAPES, dynamic_from=150)}
     with_masks = {}  # numbers that are others where masks are given to learn from
-    rungs = ("CAM", "refined", "pseudo label")
+    rungs = ("CAM", "refined", "pseudo label")  # (): it makes no labels, but learns from masks only
 
     @classmethod
     def load(cls, cfg, device) -> dict[str, nn.Module]:
@@ -352,6 +355,9 @@ class WeCLIP:
     def texts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """-> (C-1, E) of the classes, (n_bg, E) of the background words, unit norm."""
         return tuple(backbone.text_features(self.clip, words) for words in (self.info.prompts, self.info.background))
+
+    def ready(self) -> None:
+        """Is all there that only a training needs? Asked before it starts. Raises data.DataError if not."""
 
     def look(self, images: torch.Tensor, for_labels: bool, step: int | None = None, amp: torch.dtype | None = None):
         """What the frozen encoders see; only labels need attention maps. (B, 3, H, W) -> 02_backbone.Seen, or more."""
@@ -676,6 +682,8 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     if args.images and not args.classes:
         raise data.DataError("which words shall light up? Name what the pictures show: --classes cat sofa")
+    if not method_class(args.method).rungs:
+        raise data.DataError(f"{args.method} makes no labels, which this shows; see python methods/{args.method}.py --help")
     info, samples = backbone.demo_pictures(args)
     torch.manual_seed(0)
     names = {field.name for field in fields(type(method_class(args.method).rows["voc"]))}

@@ -17,12 +17,10 @@ import csv
 import io
 import json
 import math
-import multiprocessing
 import os
 import signal
 import sys
 import textwrap
-import threading
 import time
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -68,14 +66,15 @@ LOCKS = []  # of the folders that are ours
 MULTI_PAR = "multi-scale + PAR"  # not the papers', who use a dense CRF, which needs a compiler
 
 
-def learning_rate(step: int, base: float, max_iters: int, warmup: int = 50) -> float:
-    """The released schedule: linear warm-up from base * 1e-6, else linear decay to 0.
+def learning_rate(step: int, base: float, max_iters: int, warmup: int = 50, decay: str = "linear") -> float:
+    """The released schedules: linear warm-up from base * 1e-6, then linear decay to 0; or cosine all along, to base / 100.
 
     step  counted from 0; the rate that the optimiser uses in that step
     """
-    if step < warmup:
-        return base * (1 - (1 - step / warmup) * (1 - 1e-6))
-    return base * (1 - step / max_iters)
+    warm = 1 - (1 - step / warmup) * (1 - 1e-6) if step < warmup else 1
+    if decay == "cosine":
+        return base * warm * (0.01 + 0.99 * (1 + math.cos(math.pi * step / max_iters)) / 2)
+    return base * warm if step < warmup else base * (1 - step / max_iters)
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
@@ -94,7 +93,7 @@ def train_step(method, optimizer: torch.optim.Optimizer, images: torch.Tensor, l
     Raises  FloatingPointError when the loss is not finite; the weights are then still those before the step
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, method.cfg.lr, method.cfg.max_iters, method.cfg.warmup)
+        group["lr"] = learning_rate(step, method.cfg.lr, method.cfg.max_iters, method.cfg.warmup, method.cfg.decay)
     seen = method.look(images, masks is None, step, amp)
     prediction = method.network(seen)
     if masks is None:
@@ -238,18 +237,6 @@ def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
 def wanted_anywhere(stop: "StopRequest | None") -> bool:
     """Was any process asked to stop? All must stop after the same step: signals reach them at different ones."""
     return stop is not None and sum_over_processes(torch.tensor(int(stop.requested))).item() > 0
-
-
-def live_as_long_as_the_training(worker: int) -> None:
-    """A loader worker's first act. It ends when the training ends, however that does, and not by signals to both.
-
-    Ctrl-C and torchrun's signals go to whole process groups, but the training, which saves first, still needs its workers.
-    When it is killed, torch's own workers wait for ever if a server has started them, as on Linux from Python 3.14.
-    """
-    if hasattr(os, "setsid"):  # not on Windows
-        os.setsid()
-    training = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (training.join(), os._exit(1)), daemon=True).start()
 
 
 def write_atomically(path: Path, write) -> None:
@@ -413,6 +400,8 @@ def settle(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
     identity  what a checkpoint must have in common with the run that goes on from it, beside the numbers
     Raises    data.DataError for data, weights or numbers that are not there or do not go together
     """
+    if not (args.masks or decoder.method_class(args.method).rungs):
+        raise data.DataError(f"{args.method} makes no labels of its own; give it masks: --masks DIR, or --masks truth")
     info, root = data.dataset_info(args.dataset, args.background), data.find_root(args.dataset, args.data_path)
     split = args.split or next(iter(data.SPLITS[info.name]))
     samples = data.list_samples(info, root, split)
@@ -426,6 +415,7 @@ def settle(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
     method = decoder.new_method(args.method, info, options, device)
     if first_here:
         sum_over_processes(torch.zeros(1))
+    method.ready()
     cfg = method.cfg
     method.cfg = cfg = replace(cfg, batch_size=(args.batch_size or max(1, cfg.batch_size // world)) * world)
     if split == "val":
@@ -477,7 +467,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     train_set = data.TrainDataset(samples, info.num_classes, cfg.crop_size, args.seed, bool(args.masks), cfg.scale_range)
     draws = data.draw_batches(start, cfg.max_iters, cfg.batch_size // world, rank, world)
     batches = iter(DataLoader(train_set, batch_sampler=draws, num_workers=args.workers,
-                              worker_init_fn=live_as_long_as_the_training, collate_fn=data.collate,
+                              worker_init_fn=cam.live_as_long_as_the_training, collate_fn=data.collate,
                               timeout=PATIENCE.total_seconds() if args.workers else 0))
     val_samples = data.list_samples(info, root, "val")
     with_masks = [sample for sample in val_samples if sample.mask]
@@ -485,7 +475,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
         settings = {**identity, "labels": described, "config": asdict(cfg), "processes": world, "data_path": str(root),
                     "torch": torch.__version__}
         log, score_log = open_output(output, settings, progress)
-    trained = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{args.method} on {info.name}, {f'masks: {args.masks}' if args.masks else 'image-level labels'}; {identity['split']}: "
         f"{described}; {train_set.skipped} skipped\n"
         f"{trained:,} trained parameters on {device} x {world}, {cfg.batch_size} images per step, "
@@ -548,7 +538,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
             if last and rank == 0:
                 cam.print_scores(result, info, f"{len(with_masks)} images of val")
         if last:
-            checkpoint = output / ("best.pt" if with_masks else "last.pt")
+            checkpoint = output / ("best.pt" if with_masks and method.rungs else "last.pt")  # masks are not chosen by truth
             rest = ("--data-path", root) if with_masks and (info.name != "shapes" or args.data_path) else ()
             if broken:
                 say(f"{len(broken)} training pictures were passed over, see above")

@@ -284,6 +284,8 @@ def main(argv: list[str] | None = None) -> int:
     device = backbone.choose_device(args.device)
     args.amp = backbone.half_precision(device) if args.amp else None
     checkpoint = decoder.read_checkpoint(args.checkpoint)
+    if args.cams and not decoder.method_class(checkpoint["method"]).rungs:
+        raise data.DataError(f"{args.checkpoint}: {checkpoint['method']} makes no CAMs and pseudo labels; leave out --cams")
     if args.submit and (checkpoint["dataset"], args.split) != ("voc", "test"):
         raise data.DataError(f"{args.checkpoint}: trained on {checkpoint['dataset']}; --submit is for VOC's server, which wants "
                              f"--split test, not {args.split}")

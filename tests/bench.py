@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -222,6 +223,30 @@ def bench_excel(args) -> None:
     ratios(times, {"maps before the switch": "no backward pass", "maps after it": "the second look is in it"})
     for name, step in (("before the switch", 0), ("after it", switch)):
         memory_line(f"training step, {name}", lambda step=step: batch.step(step=step), args.device, "3 GB")
+
+
+def bench_weakclip(args) -> None:
+    """A training step of WeakCLIP, 512 x 512, batch 2, against all of CLIP's blocks; its CRF apart, in this process."""
+    weakclip = import_module("methods.weakclip")
+    tower = backbone.clip.model.build_model(golden.clip_state_dict(golden.CLIP_LAYOUTS["ViT-B/16"], seed=1)).float()
+    method = weakclip.WeakCLIP(weakclip.WeakCLIP.rows["voc"], data.DATASETS["voc"],
+                               {"clip": tower.eval().requires_grad_(False).to(args.device)})
+    without = weakclip.WeakCLIP(replace(method.cfg, boundary_weight=0), method.info, method.frozen)
+    generator = torch.Generator().manual_seed(3)
+    images = F.interpolate(torch.randn(2, 3, 16, 16, generator=generator), size=(512, 512), mode="bicubic").to(args.device)
+    masks = torch.randint(0, CLASSES + 1, (2, 1, 16, 16), generator=generator).float()
+    masks = F.interpolate(masks, size=(512, 512)).long()[:, 0].to(args.device)
+    probs = cam.enlarge(torch.randn(2, CLASSES + 1, 8, 8, generator=generator), (64, 64)).softmax(dim=1)
+    jobs = list(zip(weakclip.crf_image(images, 64), probs.numpy()))
+
+    def step(which):
+        optimizer = train.make_optimizer(which.model.train(), which.cfg.lr)
+        return lambda: train.train_step(which, optimizer, images, None, STEP, masks)
+    whole = step(method)
+    ratios(timed(args, {"floor, weakclip": lambda: method.look(images, False), "training step without the CRF": step(without),
+                        "training step": whole, "the CRF of both images": lambda: [weakclip.crf_target(*job) for job in jobs],
+                        "prompts through the text tower": lambda: method.model.texts(method.clip)}), {})
+    memory_line("training step, weakclip", whole, args.device, "4 GB")
 
 
 def bench_grow(args) -> None:

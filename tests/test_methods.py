@@ -35,7 +35,31 @@ def method(name, world):
     torch.manual_seed(0)
     row = decoder.method_class(name).rows["voc"]
     options = {what: str(world / file) for what, file in (("clip", "clip.pt"), ("dino", "dino.pth")) if hasattr(row, what)}
-    return decoder.new_method(name, data.dataset_info(str(world)), options | {"long_side": 64}, "cpu")
+    found = decoder.new_method(name, data.dataset_info(str(world)), options | {"long_side": 64}, "cpu")
+    needs_what_it_needs(found)
+    return found
+
+
+def needs_what_it_needs(method):
+    """A test of a method whose training lacks an optional package is skipped, with the method's own words."""
+    try:
+        method.ready()
+    except data.DataError as error:
+        pytest.skip(str(error))
+
+
+def trained(method) -> list[torch.nn.Parameter]:
+    """All that has a say in the loss; what a method with labels of its own has is trained to the last number."""
+    parameters = list(method.model.parameters())
+    assert not method.rungs or all(p.requires_grad for p in parameters)
+    return [p for p in parameters if p.requires_grad]
+
+
+def not_trained(method) -> list[torch.nn.Parameter]:
+    """The frozen encoders, and parts of the trained one that keep their start values."""
+    frozen = [p for model in method.frozen.values() for p in model.parameters()]
+    assert not any(p.requires_grad for p in frozen)
+    return [*frozen, *(p for p in method.model.parameters() if not p.requires_grad)]
 
 
 def test_the_stages_have_the_shapes_of_the_interface(method):
@@ -45,7 +69,14 @@ def test_the_stages_have_the_shapes_of_the_interface(method):
     method.model.eval()
     seen = method.look(images, True, 0)
     prediction = method.network(seen)
-    assert prediction.logits.shape[:2] == (2, 4) and seen.grid == (4, 5) and method.text_fg.shape[0] == 3
+    assert prediction.logits.shape[:2] == (2, 4) and seen.grid == (4, 5)
+    if not method.rungs:  # it makes no labels; those that it is given may leave pixels out
+        labels = torch.randint(0, 4, (2, 64, 80), generator=torch.Generator().manual_seed(2))
+        labels[:, :9] = 255
+        losses = method.losses(prediction, labels, 0)
+        assert all(loss.ndim == 0 for loss in losses.values()) and losses["total"].isfinite()
+        return
+    assert method.text_fg.shape[0] == 3
     for step, known in ((0, prediction), (10**6, prediction), (None, prediction), (None, None)):
         cams, maps = method.cams(seen, known, pairs, step)
         assert cams.shape == method.sources(cams, known, pairs, step).shape == (3, 4, 5)
@@ -64,28 +95,32 @@ def test_the_loss_trains_all_that_is_trained_and_nothing_frozen(method):
     labels = torch.randint(0, 4, (2, 64, 64), generator=torch.Generator().manual_seed(2))
     method.model.zero_grad()
     method.losses(method.network(method.look(images, False, 10**6)), labels, 10**6)["total"].backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.model.parameters())
-    assert all(p.grad is None and not p.requires_grad for model in method.frozen.values() for p in model.parameters())
+    assert trained(method) and all(p.grad is not None and p.grad.isfinite().all() for p in trained(method))
+    assert all(p.grad is None for p in not_trained(method))
 
 
-def test_a_step_that_makes_its_own_labels_leaves_the_frozen_as_they_were(method):
-    """The gradients of the CAM go through frozen weights; none may stay there, and no weight may move."""
+def test_a_step_leaves_the_frozen_as_they_were(method):
+    """It makes its own labels, or is given some. Gradients of the CAM and of prompts go through frozen weights; none may stay
+    there, and no weight may move."""
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(4))
-    weights = [tensor for model in method.frozen.values() for tensor in model.state_dict().values()]
+    masks = None if method.rungs else torch.randint(0, 4, (2, 64, 64), generator=torch.Generator().manual_seed(2))
+    weights = [*(tensor for model in method.frozen.values() for tensor in model.state_dict().values()), *not_trained(method)]
     before = [tensor.clone() for tensor in weights]
     method.model.train()
     for step in (0, 10**6):
         optimizer = train.make_optimizer(method.model, 0.0)
-        values = train.train_step(method, optimizer, images, torch.tensor([[1.0, 0, 1], [0, 1, 0]]), step)
-        assert values["total"] > 0 and all(p.grad is not None for p in method.model.parameters())
-        assert all(p.grad is None for model in method.frozen.values() for p in model.parameters())
+        values = train.train_step(method, optimizer, images, torch.tensor([[1.0, 0, 1], [0, 1, 0]]), step, masks)
+        assert values["total"] > 0 and all(p.grad is not None for p in trained(method))
+        assert all(p.grad is None for p in not_trained(method))
         assert all(torch.equal(*pair) for pair in zip(weights, before, strict=True))
 
 
 def test_a_picture_has_a_ladder_and_logits(method):
     image = torch.randn(3, 40, 60, generator=torch.Generator().manual_seed(3))
+    method.model.eval()
     found = method.ladder(image, torch.tensor([1.0, 0, 1]))
     assert list(found.labels) == [*method.rungs, "segmentation"]
+    assert len(found.maps) == (2 if method.rungs else 0)
     assert all(labels.shape == (40, 60) for labels in found.labels.values())
     assert all(maps.shape == (2, 40, 60) for maps in found.maps.values())
     logits = method.logits(image, (1, 1.5))
@@ -98,12 +133,27 @@ def run(folder: Path, script: str, *argv) -> str:
     return done.stdout
 
 
-def test_a_step_of_05_leaves_a_checkpoint_that_06_reads(name, world, tmp_path):
+def test_a_step_of_05_leaves_a_checkpoint_that_06_reads(name, method, world, tmp_path):
     """Both as users start them, in processes of their own."""
-    run(ROOT, "05_train.py", *arguments(world, tmp_path, "--method", name, "--max-iters", 1))
+    masks = () if method.rungs else ("--masks", "truth")
+    run(ROOT, "05_train.py", *arguments(world, tmp_path, "--method", name, "--max-iters", 1, *masks))
     assert read(tmp_path)["method"] == name
     run(ROOT, "06_infer.py", tmp_path / "best.pt", "--data-path", world, "--device", "cpu")
     assert len(list((tmp_path / "val" / "predictions").glob("*.png"))) == 4
+
+
+def test_what_makes_no_labels_says_so_where_labels_are_asked_for(name, method, world, tmp_path):
+    """05 without masks, before anything is read or written; 06 --cams; the demo of 04, whose subject they are."""
+    if method.rungs:
+        return
+    with pytest.raises(data.DataError, match=f"{name} makes no labels of its own; .*--masks DIR"):
+        train.main(arguments(world, tmp_path / "run", "--method", name))
+    assert not (tmp_path / "run").exists()
+    train.main(arguments(world, tmp_path / "run", "--method", name, "--max-iters", 1, "--masks", "truth"))
+    with pytest.raises(data.DataError, match=f"last.pt: {name} makes no CAMs and pseudo labels"):
+        infer.main([str(tmp_path / "run" / "last.pt"), "--cams", "--data-path", str(world), "--device", "cpu"])
+    with pytest.raises(data.DataError, match=f"{name} makes no labels"):
+        decoder.main(["--method", name])
 
 
 @pytest.mark.parametrize("file", FILES)

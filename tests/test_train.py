@@ -273,6 +273,16 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(warmup, expected):
         assert rates == {step: train.learning_rate(step, 2e-3, 30_000) for step in expected}
 
 
+@pytest.mark.parametrize("warmup, expected", [
+    # r(t) = lr / 100 + 0.99 lr (1 + cos(pi t / T)) / 2; times 1 - (1 - t / W)(1 - 1e-6) for t < W
+    (0, {0: 1e-4, 10_000: 5.05e-5, 5_000: 1e-6 + 9.9e-5 * (2 + 2 ** 0.5) / 4, 20_000: 1e-6}),
+    (2_000, {0: 1e-10, 1_000: (1e-6 + 9.9e-5 * (1 + 0.9876883405951378) / 2) * 0.5000005, 10_000: 5.05e-5}),  # cos(9 degrees)
+])
+def test_the_learning_rate_falls_along_a_cosine_which_the_warm_up_multiplies(warmup, expected):
+    rates = {step: train.learning_rate(step, 1e-4, 20_000, warmup, "cosine") for step in expected}
+    assert rates == pytest.approx(expected, rel=1e-9)
+
+
 def without_dropout(monkeypatch) -> None:
     """Its noise differs between one process and two."""
     build = decoder.WeCLIP.build
