@@ -224,10 +224,14 @@ def par(images: torch.Tensor, maps: torch.Tensor, iterations: int = 20) -> torch
             1.01, twenty iterations scale the maps by 1.22, all alike
     """
     images = F.interpolate(images, size=maps.shape[-2:], mode="bilinear", align_corners=True)
-    weights = par_weights(images)
+    return refine(maps, par_weights(images), iterations)
+
+
+def refine(maps: torch.Tensor, weights: torch.Tensor, iterations: int, offsets=PAR_OFFSETS) -> torch.Tensor:
+    """Each iteration makes a pixel the weighted sum of its neighbours. (B, X, H, W), weights (B, neighbours, H, W)."""
     for _ in range(iterations):
         refined = torch.zeros_like(maps)
-        for weight, neighbour in zip(weights.unbind(1), neighbours(maps), strict=True):
+        for weight, neighbour in zip(weights.unbind(1), neighbours(maps, offsets), strict=True):
             refined.addcmul_(weight[:, None], neighbour)
         maps = refined
     return maps

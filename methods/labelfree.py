@@ -211,6 +211,8 @@ def prepare(model: torch.nn.Module, name: str, info: data.DatasetInfo, args: arg
     if not (released and known):  # on COCO "bed" is released as a background word and as a class
         p = p._replace(background=[word for word in p.background if word not in info.classes])
     p = p._replace(**{key: x for key, x in vars(args).items() if key in p._fields and x is not None})
+    if not p.background:
+        raise data.DataError(f"{name}: all background words are classes; name others: --background wall floor")
     lists = [[*p.background], *((p.names if known else {}).get(of, of.replace("_", " ")).split(", ") for of in info.classes)]
     owners = torch.tensor([number for number, words in enumerate(lists) for _ in words])
     words = text_means(model, (*sum(lists, []), *(p.further if ROWS[name].asks_words else [])), tuple(p.templates))
@@ -284,9 +286,7 @@ def pamr(image: torch.Tensor, maps: torch.Tensor, steps: int = 10, dilations: tu
     spread = 1e-8 + .1 * torch.stack([*cam.neighbours(image[None], offsets)]).std(dim=0)
     weights = torch.cat([-((x - image).abs() / spread).mean(dim=1) for x in cam.neighbours(image[None], around)]).softmax(0)
     maps = F.interpolate(maps[None], size=image.shape[1:], mode="bilinear", align_corners=True)
-    for _ in range(steps):
-        maps = sum(weight * x for weight, x in zip(weights, cam.neighbours(maps, around)))
-    return maps[0]
+    return cam.refine(maps, weights[None], steps, around)[0]
 
 
 def class_scores(cosines: torch.Tensor, owners: torch.Tensor, scale: float, area: float = 0) -> tuple[torch.Tensor, ...]:

@@ -424,6 +424,9 @@ def test_what_is_missing_is_said_in_a_sentence(world, tmp_path):
         labelfree.main([*command(world, picture, "--classes", "cat"), "--dino", str(tmp_path / "nowhere.pth")])
     with pytest.raises(data.DataError, match="nothing is released for the toy CLIP; take --protocol ours"):
         labelfree.main([*command(world, picture, "--classes", "cat"), "--clip", "shapes", "--protocol", "released"])
+    with pytest.raises(data.DataError, match="clearclip: all background words are classes; name others"):
+        released = ("--protocol", "released", "--attention", "clearclip")
+        labelfree.main(command(world, picture, "--classes", "background", *released))
     shutil.copytree(world / "images", tmp_path / "bare" / "images" / "cat")
     with pytest.raises(data.DataError, match="no picture of train has a mask"):
         labelfree.main(command(world, tmp_path / "bare", "--split", "train", "--attention", "clip"))
