@@ -739,17 +739,25 @@ def test_it_trains_with_amp_with_masks_and_with_parts_switched_off(described, tm
 # --------------------------------------------------------------------------------------------------------- several processes
 
 def steps_of_a_half(rank, world_size, method, images, labels, folder):
-    """What each of two processes does: a step before and one after each switch; then its share of three pictures."""
+    """What each of two processes does: its half of a step before the switch and of one after; its share of three pictures."""
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/meeting", world_size), rank=rank,
                                 world_size=world_size)
         method.network = nn.parallel.DistributedDataParallel(method.model)
-    mine, losses, gradients = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size), [], []
-    optimizer = train.make_optimizer(method.model, method.cfg.lr)
-    for step in (0, 1, 2):
-        losses.append(train.train_step(method, optimizer, images[mine], labels[mine], step))
-        gradients.append({name: p.grad.clone() for name, p in method.model.named_parameters()})
+    mine, found = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size), []
+    masks = torch.randint(0, 6, (4, 32, 32), generator=torch.Generator().manual_seed(9))
+    pairs = cam.class_pairs(labels[mine])
+    for step in (0, 1):
+        seen = method.look(images[mine], True, step)
+        prediction = method.network(seen)
+        cams, maps = method.cams(seen, prediction, pairs, step)
+        affinity = method.affinity(maps, prediction, step).detach()
+        losses = method.losses(prediction, masks[mine], step)
+        method.model.zero_grad()
+        (losses["aff"] + 1e-6 * losses["seg"]).backward()  # through the mean, too; all parameters have a gradient
+        found.append({"cams": cams, "affinity": affinity} | {name: loss.detach() for name, loss in losses.items()}
+                     | {name: p.grad.clone() for name, p in method.model.named_parameters()})
     rng, samples = np.random.default_rng(8), []
     for number, label in enumerate(labels[:3]):
         picture, mask = f"{folder}/{rank}_{number}.png", f"{folder}/{rank}_{number}_mask.png"
@@ -758,7 +766,7 @@ def steps_of_a_half(rank, world_size, method, images, labels, folder):
         samples.append(data.Sample(str(number), picture, mask, tuple(label.nonzero()[:, 0].tolist()), "made"))
     matrices = train.evaluate(method, samples)
     if rank == 0:
-        torch.save({"losses": losses, "gradients": gradients, "matrices": matrices}, f"{folder}/{world_size}.pt")
+        torch.save({"found": found, "matrices": matrices}, f"{folder}/{world_size}.pt")
     if world_size > 1:
         dist.destroy_process_group()
 
@@ -772,22 +780,23 @@ def test_two_processes_are_one_before_and_after_the_switch_and_when_they_score(t
     images = torch.randn(4, 3, 32, 32, generator=generator)
     images[2:] += 3 * torch.randn(1, 3, 1, 1, generator=generator)  # the halves differ
     labels = torch.eye(5)[[0, 1, 2, 4]] + torch.eye(5)[[3, 3, 0, 4]] > 0
-    numbers = dict(dynamic_from=1, own_affinity_from=2, warmup=0, lr=1e-12)  # weights stay
     runs = {}
     for world_size in (1, 2):
-        arguments_of = (world_size, made(tower, **numbers), images, labels.float(), str(tmp_path))
+        arguments_of = (world_size, made(tower, dynamic_from=1), images, labels.float(), str(tmp_path))
         if world_size == 1:
             steps_of_a_half(0, *arguments_of)
         else:
             torch.multiprocessing.spawn(steps_of_a_half, arguments_of, nprocs=world_size)
         runs[world_size] = torch.load(tmp_path / f"{world_size}.pt", weights_only=True)
     one, two = runs[1], runs[2]
-    for ours, theirs in zip(two["losses"], one["losses"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
-    for ours, theirs in zip(two["gradients"], one["gradients"], strict=True):
-        largest = max(gradient.abs().max() for gradient in theirs.values())
-        assert all((ours[name] - gradient).abs().max() < 1e-5 * largest for name, gradient in theirs.items())
-    assert all(torch.equal(two["matrices"][rung], matrix) for rung, matrix in one["matrices"].items())
+    for ours, theirs in zip(two["found"], one["found"], strict=True):
+        largest = max(theirs[name].abs().max() for name in theirs if name.startswith("decoder"))  # of a gradient
+        for name, x in theirs.items():
+            limit = largest if name.startswith("decoder") else x.abs().max()
+            assert (ours[name] - x[:len(ours[name])] if x.ndim == 3 else ours[name] - x).abs().max() < 1e-5 * limit, name
+    assert (one["found"][0]["cams"] - one["found"][1]["cams"]).abs().max() > 0.01
+    for rung, matrix in one["matrices"].items():  # a pixel on a border may change sides by rounding
+        assert two["matrices"][rung].sum() == matrix.sum() > (two["matrices"][rung] - matrix).abs().sum() * 100
 
 
 # --------------------------------------------------------------------------------------------------------------- the command
