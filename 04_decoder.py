@@ -356,8 +356,9 @@ class WeCLIP:
         """-> (C-1, E) of the classes, (n_bg, E) of the background words, unit norm."""
         return tuple(backbone.text_features(self.clip, words) for words in (self.info.prompts, self.info.background))
 
-    def ready(self) -> None:
-        """Is all there that only a training needs? Asked before it starts. Raises data.DataError if not."""
+    def ready(self, samples: list = ()) -> None:
+        """Is all there that only a training or its labels need, or can it be made of these pictures of the training
+        (01_data.Sample)? Asked before the first step. Raises data.DataError if not."""
 
     def look(self, images: torch.Tensor, for_labels: bool, step: int | None = None, amp: torch.dtype | None = None):
         """What the frozen encoders see; only labels need attention maps. (B, 3, H, W) -> 02_backbone.Seen, or more."""

@@ -408,14 +408,14 @@ def settle(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
     learned_from = [(sample.name, sample.labels) for sample in samples]  # true masks may be added while a run pauses
     if args.masks not in (None, "truth"):
         samples = data.with_masks_of(samples, args.masks)
-    first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one process of a machine downloads, the others wait for it
+    first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one process of a machine downloads and makes, the others wait for it
     if not first_here:
         sum_over_processes(torch.zeros(1))
     options = args.options | (decoder.method_class(args.method).with_masks if args.masks else {})
     method = decoder.new_method(args.method, info, options, device)
+    method.ready(samples)
     if first_here:
         sum_over_processes(torch.zeros(1))
-    method.ready()
     cfg = method.cfg
     method.cfg = cfg = replace(cfg, batch_size=(args.batch_size or max(1, cfg.batch_size // world)) * world)
     if split == "val":

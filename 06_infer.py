@@ -266,6 +266,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    help="default: predictions/ beside a picture, SPLIT/ beside the checkpoint")
     p.add_argument("--clip", metavar="NAME|FILE", help="default: as in training")
     p.add_argument("--dino", metavar="NAME|FILE", help="default: as in training")
+    p.add_argument("--attention", metavar="NAME|DIR", help="of a method whose labels need one; default: as in training")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="encoders in half precision (default: no)")
     p.add_argument("-j", "--workers", type=data.count, metavar="N", default=max(1, min(8, (os.cpu_count() or 1) // 2)),
@@ -291,9 +292,11 @@ def main(argv: list[str] | None = None) -> int:
                              f"--split test, not {args.split}")
     if args.submit and not Path(args.submit).absolute().parent.is_dir():
         raise data.DataError(f"{Path(args.submit).absolute().parent}: no such folder for --submit; make it first")
-    options = {what: getattr(args, what) for what in ("clip", "dino") if getattr(args, what)}
+    options = {what: getattr(args, what) for what in ("clip", "dino", "attention") if getattr(args, what)}
     options |= {"scales": tuple(args.scales)} if args.scales else {}
     method = decoder.restore(checkpoint, args.checkpoint, options, device)
+    if args.cams:
+        method.ready()
     args.scales = method.cfg.scales
     print(f"{checkpoint['method']}, trained on {checkpoint['dataset']} for {checkpoint['step']} steps; "
           f"{describe(args, method.cfg)}; on {device}", flush=True)

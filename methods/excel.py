@@ -432,14 +432,14 @@ class ExCEL(decoder.WeCLIP):
         return HeadWithBank(self.info.num_classes, self.clip.visual.conv1.out_channels, self.cfg.fuse_blocks or blocks,
                             self.cfg.depth, *bank)
 
-    def look(self, images, for_labels, step=None, amp=None):
-        """All blocks. With `aliased`, the decoder needs the new path without any labels, too."""
+    def look(self, images, for_labels, step=None, amp=None, **new_path):
+        """All blocks. With `aliased`, the decoder needs the new path without any labels, too. new_path: as in `two_paths`"""
         patch, (height, width) = backbone.patch_size(self.clip), images.shape[-2:]
         if min(height, width) < patch:
             raise data.DataError(f"an image of {height} x {width} pixels is smaller than CLIP's patch of {patch}; enlarge it")
         num_maps = max(self.cfg.static_maps, self.cfg.dynamic_maps) if for_labels else 0
         return two_paths(self.clip, images, self.cfg.surgery_blocks, num_maps, with_new=for_labels or self.cfg.aliased,
-                         aliased=self.cfg.aliased, summed=self.cfg.summed_maps, amp=amp)
+                         aliased=self.cfg.aliased, summed=self.cfg.summed_maps, amp=amp, **new_path)
 
     def words(self) -> torch.Tensor:
         """TSE, by the bank as it is now: that of a checkpoint, once one is loaded. Background words stay plain. -> (W, E)"""

@@ -494,7 +494,7 @@ class WeakCLIP(decoder.WeCLIP):
     def texts(self):
         return None, None  # read in the graph, behind the prompts of the moment
 
-    def ready(self):
+    def ready(self, samples=()):
         try:
             if self.cfg.boundary_weight:
                 cam.crf_package()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny import arguments, read
+from tiny import arguments, read, small
 
 data = import_module("01_data")
 cam = import_module("03_cam")
@@ -34,7 +34,7 @@ def method(name, world):
     """An untrained method on the towers of the tiny world."""
     torch.manual_seed(0)
     row = decoder.method_class(name).rows["voc"]
-    options = {what: str(world / file) for what, file in (("clip", "clip.pt"), ("dino", "dino.pth")) if hasattr(row, what)}
+    options = {what: None if value == "none" else value for what, value in small(world).items() if hasattr(row, what)}
     found = decoder.new_method(name, data.dataset_info(str(world)), options | {"long_side": 64}, "cpu")
     needs_what_it_needs(found)
     return found

@@ -44,11 +44,16 @@ def make_world(root: Path) -> Path:
     return root
 
 
+def small(world: Path) -> dict[str, str]:
+    """Fields of a row that name what is too large for a test, or made of more pictures than there are, and what stands for it."""
+    return {"clip": str(world / "clip.pt"), "dino": str(world / "dino.pth"), "attention": "dino", "cache": "none"}
+
+
 def arguments(world: Path, output: Path, *more) -> list[str]:
     """The command line of a tiny run; the last of two equal options counts."""
     method = more[more.index("--method") + 1] if "--method" in more else "weclip+"
-    files = {"clip": world / "clip.pt", "dino": world / "dino.pth"}
-    frozen = [x for what in files if hasattr(decoder.method_class(method).rows["voc"], what) for x in (f"--{what}", files[what])]
+    row = decoder.method_class(method).rows["voc"]
+    frozen = [x for what, value in small(world).items() if hasattr(row, what) for x in (f"--{what}", value)]
     return [*map(str, (world, *frozen, "--output-dir", output)),
             "--crop-size", "64", "--long-side", "64", "-b", "2", "-j", "0", "--device", "cpu", "--print-freq", "1",
             "--lr", "0.002", *map(str, more)]
