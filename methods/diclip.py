@@ -15,8 +15,8 @@ Paper  "DiCLIP: Diffusion Model Enhances CLIP's Dense Knowledge for Weakly Super
     python methods/diclip.py cache voc                              # the cache alone, where 05 will look for it
     python methods/diclip.py cache voc --pictures DIR --output FILE # of DIR/CLASS/*.png; then 05 with --cache FILE
 
-With --masks neither source nor cache is needed. The authors' cache is of pictures that Stable Diffusion makes, 50 or 100 of
-each class; with diffusers, into DIR/CLASS/:
+With --masks neither source nor cache is needed; under torchrun, make a large cache by its command first. The authors' cache
+is of pictures that Stable Diffusion makes, 50 or 100 of each class; with diffusers, into DIR/CLASS/:
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER, use_safetensors=True)
     pipe("a realistic photo of one whole CLASS in natural colours, centred, nothing cut off, on a ground of high contrast",
          num_inference_steps=45, guidance_scale=10, height=384, width=384).images[0].resize((512, 512), Image.LANCZOS)
@@ -203,8 +203,8 @@ def load_diffusion(name: str) -> FromDiffusion:
             raise ValueError("its attention has not the heads that are read")
     except Exception as error:  # whatever a foreign folder, or a hub out of reach, makes these packages raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise data.DataError(f"--attention {name}: no Stable Diffusion 2.1 in diffusers' format with safetensors ({reason}); "
-                             "give a folder or a name on the hub, or take dino, or none") from error
+        raise data.DataError(f"--attention {name}: no Stable Diffusion 2.1 in diffusers' format with safetensors, or out of "
+                             f"reach ({reason}); give a folder or a name on the hub, or take dino, or none") from error
     return found.half().float()
 
 
@@ -607,8 +607,9 @@ def made_cache(method: DiCLIP, samples: list, output: str | None = None) -> Path
     """
     cfg, info = method.cfg, method.info
     chosen = of_one_class(samples, info, cfg)
-    settings = {name: getattr(cfg, name) for name in (
-        "keys_per_class", "background_keys", "cache_rounds", "bias", "surgery_blocks", "long_side", "static_maps", "summed_maps")}
+    numbers = ("keys_per_class", "background_keys", "cache_rounds", "bias", "surgery_blocks", "long_side", "static_maps",
+               "summed_maps")
+    settings = {name: getattr(cfg, name) for name in numbers}
     clip, source = backbone.fingerprint(method.clip), method.attention() and bytes(method.model.source.tolist()).hex()
     settings |= {"prompts": list(info.prompts), "background": list(info.background), "clip": clip, "attention": source,
                  "pictures": data.check_sum(repr((s.name, s.labels, os.stat(s.image).st_size)).encode() for s in chosen)}

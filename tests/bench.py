@@ -38,6 +38,7 @@ backbone = import_module("02_backbone")
 cam = import_module("03_cam")
 decoder = import_module("04_decoder")
 train = import_module("05_train")
+diclip = import_module("methods.diclip")
 
 CLASSES, STEP = 20, 10_000  # of VOC; a step after the switch to the dynamic affinity
 
@@ -247,6 +248,51 @@ def bench_weakclip(args) -> None:
                         "training step": whole, "the CRF of both images": lambda: [weakclip.crf_target(*job) for job in jobs],
                         "prompts through the text tower": lambda: method.model.texts(method.clip)}), {})
     memory_line("training step, weakclip", whole, args.device, "4 GB")
+
+
+def diffusion_of_full_size(device: torch.device):
+    """Stable Diffusion 2.1-base's layout with random weights, on a GPU in half precision. None without diffusers."""
+    try:
+        diffusers = import_module("diffusers")
+    except ImportError:
+        return None
+    unet = diffusers.UNet2DConditionModel(attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024,
+                                          use_linear_projection=True)
+    vae = diffusers.AutoencoderKL(block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+                                  up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4)
+    found = diclip.FromDiffusion(unet, vae, torch.zeros(1, 77, 1024), 101, 0.893).eval().requires_grad_(False).to(device)
+    return found.half() if device.type == "cuda" else found
+
+
+def bench_diclip(args) -> None:
+    """DiCLIP's step for a batch of 4 and its parts, in floors of CLIP alone; its attention source has a line of its own."""
+    plain, batch = Batch(args), Batch(args, "diclip")
+    method, generator, grid = batch.method, torch.Generator().manual_seed(5), (20, 20)
+    values = torch.eye(1 + CLASSES).repeat_interleave(torch.tensor([25] + CLASSES * [10]), dim=0)
+    method.model.take(torch.randn(225, 512, generator=generator) / 512 ** 0.5, values)
+    batch.optimizer = train.make_optimizer(method.model.to(args.device).train(), method.cfg.lr)
+    coarse, fine = (torch.randn(4, *shape, generator=generator).to(args.device) for shape in ((2, 400, 400), (1600, 1600)))
+    said = diclip.Attention(coarse + 1, fine.softmax(dim=-1), (40, 40))
+    method.source = lambda *_: said  # the step without the time of its source
+    batch.stages()
+    dino = diclip.FromDino(frozen("weclip+", args.device)["dino"])
+    parts = {"  clusters and bias (ACR)": lambda: diclip.region_bias(said.coarse, grid),
+             "  recursion (RAR)": lambda: diclip.rar(*said[1:], batch.rungs.flow, batch.pairs, method.cfg.rar_rounds)}
+    times = timed(args, {"floor, CLIP alone": plain.floor, "training step without its source": batch.step, **parts,
+                         "DINO asked": lambda: dino(batch.images, grid, None, None)})
+    dino_asked = times.pop("DINO asked")
+    times["  the rest"] = times["training step without its source"] - sum(times[name] for name in parts)
+    ratios(times | {"DINO asked": dino_asked}, {})
+    memory_line("training step without its source", batch.step, args.device, "3 GB")
+    source = diffusion_of_full_size(args.device)
+    if source is None:
+        line("the diffusion model asked", "-", "pip install diffusers")
+        return
+    with torch.no_grad():  # one round: on a CPU it takes a minute
+        asked = timed(argparse.Namespace(quick=True, device=args.device), {
+            "floor, CLIP alone": plain.floor, "the diffusion model asked": lambda: source(batch.images, grid, None, None)})
+    line("the diffusion model asked", f"{asked['the diffusion model asked'] / asked['floor, CLIP alone']:.2f}",
+         f"{asked['the diffusion model asked']:8.3f} s   {'half' if args.device.type == 'cuda' else 'full'} precision")
 
 
 def bench_grow(args) -> None:

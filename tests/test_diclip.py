@@ -42,7 +42,8 @@ diclip = import_module("methods.diclip")
 ROOT = Path(__file__).resolve().parents[1]
 
 STAGES = {  # what an array belongs to, by its name; the first match counts
-    "training": r"train_", "text and cache": r"text$|cache_keys", "bias": r"sd_", "two paths": r"block_|decoder_|attention_|patch_|infer_",
+    "training": r"train_", "text and cache": r"text$|cache_keys", "bias": r"sd_",
+          "two paths": r"block_|decoder_|attention_|patch_|infer_",
     "maps": r"text_map|cache_|static_|dynamic_|adapter_|cam_index", "decoder": r"fused|logits|attn_pred|param_names|layer_",
     "affinity": r".*_(affinity|transition|box|refined)$", "recursion": r"rar_T|.*_(rar_|map512|scores)",
     "labels": r".*label", "losses": r".*_losses", "gradients": r".*_grad_"}
@@ -68,15 +69,18 @@ def queries_keys(tag, images, heads, side, gain, seed):
     """q and k (images, heads, side * side, 64) float64 of the golden files: smooth fields, and noise."""
     at = (np.arange(side) + 0.5) / side
     waves = [np.outer(np.cos(np.pi * u * at), np.cos(np.pi * v * at)).ravel() for u in range(4) for v in range(4)]
-    basis, n = np.stack(waves, axis=1), {name: golden.noise("sd", f"{tag}.{name}", (images, heads, 16, 64), seed) for name in "wv"}
+    basis, n = np.stack(waves, axis=1), {name: golden.noise("sd", f"{tag}.{name}", (images, heads, 16, 64), seed)
+                                         for name in "wv"}
     grain = [golden.noise("sd", f"{tag}.{name}", (images, heads, side * side, 64), seed) for name in ("nq", "nk")]
-    return [torch.from_numpy(gain * (basis @ (n["w"] + sign * 0.3 * n["v"]) + 0.5 * noise)) for sign, noise in zip((1, -1), grain)]
+    return [torch.from_numpy(gain * (basis @ (n["w"] + sign * 0.3 * n["v"]) + 0.5 * noise)) for sign,
+            noise in zip((1, -1), grain)]
 
 
 def recipe_attention(info, grid):
     """What the source would have said: `diclip.Attention`, and the attention of all heads of layer Q."""
     recipe, images = info["attention"], len(info["input"]["labels_0based"])
-    (q, k), (q_fine, k_fine) = (queries_keys(layer["tag"], images, layer["heads"], layer["side"], layer["gain"], recipe["seed"])
+    (q, k), (q_fine, k_fine) = (queries_keys(layer["tag"], images, layer["heads"], layer["side"], layer["gain"],
+                                             recipe["seed"])
                                 for layer in (recipe["P"], recipe["Q"]))
     side = (recipe["P"]["side"],) * 2
     q, k = (nn.functional.interpolate(x.mT.flatten(0, 1).unflatten(2, side), size=grid, mode="bilinear").flatten(2).mT
@@ -108,7 +112,8 @@ class Case:
         self.names = data.dataset_info("voc")
         self.frozen = {"clip": parity.clip_tower(json.dumps({"clip": self.info["clip"]}))}
         self.images = torch.stack([data.normalize(image) for image in self.arrays["images_u8"]])
-        self.pairs = torch.tensor([(i, c) for i, shown in enumerate(self.info["input"]["labels_0based"]) for c in sorted(shown)])
+        self.pairs = torch.tensor([(i, c) for i, shown in enumerate(self.info["input"]["labels_0based"])
+                                   for c in sorted(shown)])
         grid = tuple(side // self.info["clip"]["patch"] for side in self.info["input"]["size_hw"])
         self.attention, self.all_heads = recipe_attention(self.info, grid)
         self.method = self.fresh()
@@ -117,7 +122,8 @@ class Case:
     def state(self):
         info, heads = self.info, self.info["heads"]
         embed, classes, hidden = info["clip"]["embed_dim"], self.names.num_classes, heads["adapter_hidden"]
-        state = golden.head_state_dict(heads["seed"], info["clip"]["vwidth"], classes, heads["fused_layers"], depth=heads["layers"],
+        state = golden.head_state_dict(heads["seed"], info["clip"]["vwidth"], classes, heads["fused_layers"],
+                                       depth=heads["layers"],
                                        pred_gain=heads["pred_gain"], pred_bias_offsets=heads["pred_bias_offsets"])
         made, counts = info["cache"], [info["cache"]["background_keys"]] + (classes - 1) * [info["cache"]["keys_per_class"]]
         keys = torch.from_numpy(golden.noise("cache", "keys", (sum(counts), embed), made["seed"]) / math.sqrt(embed)).float()
@@ -132,7 +138,8 @@ class Case:
         return state | {"keys": keys, "values": values, "source": torch.zeros(8, dtype=torch.uint8)}
 
     def fresh(self):
-        method = diclip.DiCLIP(replace(diclip.DiCLIP.rows["voc"], long_side=self.info["input"]["size_hw"][0]), self.names, self.frozen,
+        method = diclip.DiCLIP(replace(diclip.DiCLIP.rows["voc"], long_side=self.info["input"]["size_hw"][0]), self.names,
+                               self.frozen,
                                self.state())
         method.source = Recipe(self.attention)
         method.model.eval()
@@ -178,7 +185,8 @@ def bias(case):
     x = clean[:, 0] @ clean[:, 1]
     points = x.mT.masked_fill(x.mT == 0, 1e-6)
     return {"sd_logits_12": case.attention.coarse, "sd_attention_up3": case.all_heads, "sd_cleaned": clean, "sd_product": x,
-            "sd_first_distance": diclip.divergence(points[:, diclip.start_places(grid)], points), "sd_cluster_rounds": cluster_rounds(x, grid, 5),
+            "sd_first_distance": diclip.divergence(points[:, diclip.start_places(grid)], points),
+            "sd_cluster_rounds": cluster_rounds(x, grid, 5),
             "sd_cluster": first_members(diclip.regions(x, grid)), "sd_cluster_margin": margins(x, grid, 5),
             "sd_bias": diclip.region_bias(case.attention.coarse, grid), "rar_T": diclip.recursion_matrix(case.attention.fine)}
 
@@ -188,7 +196,8 @@ def two_paths(case):
     true = excel.two_paths(method.clip, case.images, blocks, 12, aliased=False)
     plain = method.look(case.images, for_labels=False)
     return {"block_tokens": torch.stack(true.tokens), "decoder_features": torch.stack(case.seen.tokens),
-            "attention_maps": true.maps.transpose(0, 1), "patch_features": case.seen.features, "infer_feature8": plain.tokens[8],
+            "attention_maps": true.maps.transpose(0, 1), "patch_features": case.seen.features,
+            "infer_feature8": plain.tokens[8],
             "infer_logits": method.model(plain).logits}
 
 
@@ -203,7 +212,8 @@ def maps(case, prediction):
         return method.cams(seen, known, every, 0)[0].flatten(1).view(len(case.images), words, -1).mT
     return {"text": torch.cat([method.text_fg, method.text_bg]), "cache_keys": keys, "cam_index": case.pairs,
             "text_map": excel.patch_word_maps(seen.features, method.words())[:, 1:, :words],
-            "cache_w": excel.word_weights(seen.features[:, 0], keys)[:, None], "cache_sim": excel.similarity(seen.features, keys).relu(),
+            "cache_w": excel.word_weights(seen.features[:, 0], keys)[:, None],
+            "cache_sim": excel.similarity(seen.features, keys).relu(),
             "cache_V": weights, "cache_D_raw": near, "cache_D": diclip.stretched(near), "cache_map": diclip.cache_maps(near),
             "static_map": all_maps(None), "dynamic_map": all_maps(prediction), "adapter_out": prediction.adapted}
 
@@ -224,9 +234,11 @@ def refinement(case, prediction, prefix, step):
     matrix, start = diclip.recursion_matrix(fine), diclip.sum_to_one(cam.enlarge(found.flow, grid).flatten(1))
     out = {"affinity": affinity, "transition": found.transition, "refined": found.flow, "label": found.labels,
            "box": cam.box_masks(cams, cfg.box_fraction_free if learned is None else cfg.box_fraction), "rar_start": start,
-           "rar_round1": diclip.recursed(matrix, start, case.pairs, 1), "rar_end": diclip.recursed(matrix, start, case.pairs, rounds),
+           "rar_round1": diclip.recursed(matrix, start, case.pairs, 1),
+           "rar_end": diclip.recursed(matrix, start, case.pairs, rounds),
            "map512": diclip.rar(fine, grid, found.flow, case.pairs, rounds),
-           "scores": torch.cat([scores[:1 + n] for scores, n in zip(found.scores, torch.bincount(case.pairs[:, 0]).tolist())])}
+           "scores": torch.cat([scores[:1 + n] for scores,
+                                n in zip(found.scores, torch.bincount(case.pairs[:, 0]).tolist())])}
     assert torch.equal(boxed, cams * out["box"])
     return {f"{prefix}_{key}": value for key, value in out.items()}
 
@@ -251,8 +263,10 @@ def steps(case):
     """Our training step on the one batch, from the recipe's weights, with the released schedule; dropout off."""
     training, method, rows = case.info["training"], case.fresh(), defaultdict(list)
     model, cfg = method.model, method.cfg
-    assert (cfg.lr, cfg.max_iters, cfg.warmup) == (training["head_and_adapter_lr"], training["max_iter"], training["warmup_iter"])
-    optimizer, before = train.make_optimizer(model, cfg.lr, cfg.weight_decay), {n: p.detach().clone() for n, p in trained(model).items()}
+    assert (cfg.lr, cfg.max_iters, cfg.warmup) == (training["head_and_adapter_lr"], training["max_iter"],
+                                                   training["warmup_iter"])
+    optimizer, before = train.make_optimizer(model, cfg.lr, cfg.weight_decay), {n: p.detach().clone() for n,
+                                                                                p in trained(model).items()}
     labels, made = torch.zeros(len(case.images), len(case.names.classes)), []
     labels[tuple(case.pairs.T)] = 1
     pseudo_labels = method.pseudo_labels
@@ -350,13 +364,14 @@ def test_the_recipe_is_that_of_the_golden_file(name):
     found |= {"cache keys": state["keys"], "cache values": state["values"], "Q attention": case.all_heads} | {
         name: x for name, x in state.items() if "adapter" in name}
     for key, x in found.items():
-        assert list(x.shape) == wanted[key]["shape"] and float(x.double().norm()) == pytest.approx(wanted[key]["l2"], rel=1e-6), key
+        assert list(x.shape) == wanted[key]["shape"] and float(x.double().norm()) == pytest.approx(wanted[key]["l2"],
+                                                                                                   rel=1e-6), key
 
 
 # ------------------------------------------------------------------------------------------------------- single functions
 
-UNIT_INPUTS = (r"kl_[ab]|clean_in|blocks_in|rar_(value_in|cam)$|cache_(f|keys|values|texts)$|adapter_fc|attention_(x|bias)$|label_(cams|image)"
-               r"|key_(features|mask)$|kmeans_points|lr_steps")
+UNIT_INPUTS = (r"kl_[ab]|clean_in|blocks_in|rar_(value_in|cam)$|cache_(f|keys|values|texts)$|adapter_fc|attention_(x|bias)$"
+               r"|label_(cams|image)|key_(features|mask)$|kmeans_points|lr_steps")
 UNIT_DEVIATIONS = {  # what the released code does and ours does not
     "rar_zero_cam_label_reference": "NaN there, and the whole picture background",
     "denormalised_u8": "cut off there, rounded here"}
@@ -367,7 +382,8 @@ def unit_matrices(seed):
     def noise(name, shape):
         return golden.noise("unit", name, shape, seed)
     at = (np.arange(20) + 0.5) / 20
-    basis = np.stack([np.outer(np.cos(np.pi * u * at), np.cos(np.pi * v * at)).ravel() for u in range(4) for v in range(4)], axis=1)
+    basis = np.stack([np.outer(np.cos(np.pi * u * at), np.cos(np.pi * v * at)).ravel() for u in range(4) for v in range(4)],
+                     axis=1)
     z = basis @ noise("field", (16,)) + 0.05 * noise("field.noise", (400,))
     field = np.exp(-2 * (z[:, None] - z) ** 2) + 0.02 * np.abs(noise("field.X", (400, 400)))
     field[field < 0.15] = 0
@@ -428,12 +444,16 @@ def units():
     near = diclip.retrieved(f, keys, weights)
     words = excel.patch_word_maps(f, t["cache_texts"])
     adapter = diclip.Adapter(keys, values)
-    out["adapter_copied"] = [float((adapter.fc1.weight[:9] - keys).norm()), float((adapter.fc2.weight[:, :9] - values.T).norm())]
+    out["adapter_copied"] = [float((adapter.fc1.weight[:9] - keys).norm()),
+                             float((adapter.fc2.weight[:, :9] - values.T).norm())]
     adapter.fc1, adapter.fc2 = nn.Linear(16, 12), nn.Linear(12, 4)
-    adapter.load_state_dict({f"{layer}.{what}": t[f"adapter_{layer}_{what}"] for layer in ("fc1", "fc2") for what in ("weight", "bias")})
+    adapter.load_state_dict({f"{layer}.{what}": t[f"adapter_{layer}_{what}"] for layer in ("fc1", "fc2")
+                             for what in ("weight", "bias")})
     adapted = adapter.eval()(f[:, 1:]).detach()
-    out |= {"cache_w": excel.word_weights(f[:, 0], keys)[:, None], "cache_sim": excel.similarity(f, keys).relu(), "cache_V": weights,
-            "cache_D_raw": near, "cache_D": diclip.stretched(near), "cache_map": diclip.cache_maps(near), "text_map_all": words,
+    out |= {"cache_w": excel.word_weights(f[:, 0], keys)[:, None], "cache_sim": excel.similarity(f, keys).relu(),
+            "cache_V": weights,
+            "cache_D_raw": near, "cache_D": diclip.stretched(near), "cache_map": diclip.cache_maps(near),
+            "text_map_all": words,
             "static_map": diclip.stretched(0.5 * diclip.cache_maps(near) + words[:, 1:, :3]), "adapter_out": adapted,
             "dynamic_map": diclip.stretched(0.1 * adapted[..., 1:].relu() + words[:, 1:, :3])}
 
@@ -467,7 +487,8 @@ def units():
 
 def test_single_functions_of_the_released_code_give_the_same():
     arrays, found = units()
-    keys = [key for key in compared(arrays) if key not in UNIT_DEVIATIONS and not re.match(UNIT_INPUTS, key) and not key.startswith("sd_")]
+    keys = [key for key in compared(arrays) if key not in UNIT_DEVIATIONS and not re.match(UNIT_INPUTS, key)
+            and not key.startswith("sd_")]
     wrong = {}
     for key in keys:
         got, want = thinned(found, key, arrays), arrays[key]
@@ -492,7 +513,8 @@ TOY = data.DatasetInfo("toy", ("a", "b", "c", "d", "e"), ("a", "b", "c", "d", "e
 
 def made(tower, names=TOY, cache=True, source=None, **numbers):
     """DiCLIP on a small tower, with lively random weights, a random cache of two keys for each class, and a source."""
-    row = diclip.DiCLIPConfig(surgery_blocks=2, static_maps=3, dynamic_maps=3, depth=1, affinity_radius=2, long_side=32, attention=None)
+    row = diclip.DiCLIPConfig(surgery_blocks=2, static_maps=3, dynamic_maps=3, depth=1, affinity_radius=2, long_side=32,
+                              attention=None)
     method = diclip.DiCLIP(replace(row, **numbers), names, {"clip": tower})
     if cache:
         generator = torch.Generator().manual_seed(5)
@@ -537,7 +559,8 @@ def test_images_of_a_batch_do_not_see_one_another():
     slow.close(diclip.region_bias(both, (4, 6)), torch.cat([diclip.region_bias(x[None], (4, 6)) for x in both]))
     fine, flow = both[:, 0].softmax(-1), torch.rand(5, 2, 3, generator=torch.Generator().manual_seed(4))
     pairs = torch.tensor([[0, 1], [0, 4], [0, 7], [1, 1], [1, 2]])
-    alone = [diclip.rar(fine[[image]], (4, 6), flow[[p]], torch.tensor([[0, 0]]), 3) for p, image in enumerate(pairs[:, 0].tolist())]
+    alone = [diclip.rar(fine[[image]], (4, 6), flow[[p]], torch.tensor([[0, 0]]), 3) for p,
+             image in enumerate(pairs[:, 0].tolist())]
     slow.close(diclip.rar(fine, (4, 6), flow, pairs, 3), torch.cat(alone))
     only_second = diclip.rar(fine, (4, 6), flow[3:], pairs[3:], 3)
     slow.close(only_second, torch.cat(alone[3:]))
@@ -552,8 +575,8 @@ def test_regions_are_those_of_slow_loops():
     points = [column.where(column > 0, 1e-6) + 1e-5 for column in x.T]
     centres = [x.T[y * 7 + left].where(x.T[y * 7 + left] > 0, 1e-6) for y in range(0, 5, 1) for left in range(0, 7, 2)]
     for _ in range(5):
-        nearest = [min(range(len(centres)), key=lambda k: float(((centres[k] + 1e-5 - p) * ((centres[k] + 1e-5).log() - p.log())).sum()))
-                   for p in points]
+        safe = [centre + 1e-5 for centre in centres]
+        nearest = [min(range(len(safe)), key=lambda k: float(((safe[k] - p) * (safe[k].log() - p.log())).sum())) for p in points]
         groups = [[points[i] - 1e-5 for i in range(35) if nearest[i] == k] for k in range(len(centres))]
         centres = [torch.stack(group).mean(0) for group in groups if group]
     ours = first_members(diclip.regions(x[None], grid))[0].tolist()
@@ -582,7 +605,8 @@ def test_maps_without_activation_and_empty_rows_stay_zero():
 
 
 def test_a_class_without_a_box_leaves_the_others_their_labels(tower, images):
-    """Its strongest spot lies in the last row: its refined map is zero. The released code labels all of the picture background."""
+    """Its strongest spot lies in the last row: its refined map is zero. The released code labels all of the picture
+    background."""
     fine = torch.rand(1, 20, 20, generator=torch.Generator().manual_seed(2))
     seen = made(tower).look(images[:1], True)._replace(fine=fine, fine_grid=(4, 5))
     flow = torch.stack([torch.rand(4, 5, generator=torch.Generator().manual_seed(3)), torch.zeros(4, 5)])
@@ -601,20 +625,25 @@ def test_a_class_averages_over_its_own_keys_the_nearer_to_its_word_the_more():
 
 
 @pytest.mark.parametrize("dataset, expected", [
-    # steps, rate, warm-up, keys, hidden, box, scoring, filter from, adapter from, own affinity from, rounds, logits, mirror, trained
+    # steps, rate, warm-up, keys, hidden, box, scoring, filter from, adapter from, own affinity from, rounds, logits, mirror,
+    # trained parameters of the adapter and of all
     ("voc", (20_000, 2e-3, 50, 225, 312, 0.79, 0.79, 4_000, 0, None, 5, 0.4, False, 166_629, 6_479_866)),
     ("coco", (100_000, 1e-3, 200, 425, 512, 0.88, 0.88, 40_000, 60_000, 80_000, 10, 0.2, True, 304_209, 6_632_866))])
 def test_the_rows_are_the_released_numbers(dataset, expected):
     cfg, names = diclip.DiCLIP.rows[dataset], data.DATASETS[dataset]
     keys = cfg.background_keys + len(names.classes) * cfg.keys_per_class
-    head = diclip.HeadWithAdapter(names.num_classes, 768, 12, cfg.depth, torch.zeros(keys, 512), torch.zeros(keys, names.num_classes))
+    head = diclip.HeadWithAdapter(names.num_classes, 768, 12, cfg.depth, torch.zeros(keys, 512),
+                                  torch.zeros(keys, names.num_classes))
     sizes = [sum(p.numel() for p in model.parameters()) for model in (head.dynamic_adapter, head)]
     assert expected == (cfg.max_iters, cfg.lr, cfg.warmup, keys, head.dynamic_adapter.fc1.out_features, cfg.box_fraction,
                         cfg.box_fraction_scoring, cfg.dynamic_from, cfg.adapter_from, cfg.own_affinity_from, cfg.rar_rounds,
                         cfg.logits_scale, cfg.mirror_at_1, *sizes)
-    assert (cfg.batch_size, cfg.weight_decay, cfg.crop_size, cfg.long_side, cfg.scales) == (4, 0.01, 320, 320, (0.7, 1, 1.2, 1.5))
-    assert (cfg.surgery_blocks, cfg.static_maps, cfg.dynamic_maps, cfg.box_fraction_free, cfg.cache_rounds) == (3, 6, 6, 0.88, 10)
-    assert (cfg.crf_gaussian, cfg.crf_bilateral, cfg.aliased, cfg.summed_maps, cfg.depth) == ((1, 3), (67, 3, 4), True, True, 3)
+    assert (cfg.batch_size, cfg.weight_decay, cfg.crop_size, cfg.long_side, cfg.scales) == (4, 0.01, 320, 320,
+                                                                                            (0.7, 1, 1.2, 1.5))
+    assert (cfg.surgery_blocks, cfg.static_maps, cfg.dynamic_maps, cfg.box_fraction_free, cfg.cache_rounds) == (3, 6, 6,
+                                                                                                                0.88, 10)
+    assert (cfg.crf_gaussian, cfg.crf_bilateral, cfg.aliased, cfg.summed_maps, cfg.depth) == ((1, 3), (67, 3, 4), True, True,
+                                                                                              3)
 
 
 def test_a_fresh_adapter_knows_the_cache_and_beside_it_random_rows_of_size_one():
@@ -672,13 +701,15 @@ class Counting(nn.Module):
     def forward(self, images, grid, step, amp):
         self.calls.append(step)
         generator, n = torch.Generator().manual_seed(len(images)), grid[0] * grid[1]
-        return diclip.Attention(torch.rand(len(images), 2, n, n, generator=generator), torch.rand(len(images), 9, 9, generator=generator), (3, 3))
+        return diclip.Attention(torch.rand(len(images), 2, n, n, generator=generator),
+                                torch.rand(len(images), 9, 9, generator=generator), (3, 3))
 
 
 def test_only_labels_ask_the_source(tower, images):
     """Segmentation and the maps of a decoder that learns from masks do without, unless the bias is wanted there."""
     source = Counting()
-    method, eager = made(tower, attention="dino", source=source), made(tower, attention="dino", source=source, biased_inference=True)
+    method, eager = made(tower, attention="dino", source=source), made(tower, attention="dino", source=source,
+                                                                       biased_inference=True)
     plain, asked = method.look(images, False), len(source.calls)
     method.logits(images[0])
     assert asked == len(source.calls) == 0
@@ -701,14 +732,16 @@ def test_bias_and_recursion_can_be_switched_off_alone(tower, images):
     none = made(tower)
     plain = none.pseudo_labels(images, pairs, none.look(images, True), None, (32, 40))
     assert all(torch.equal(*pair) for pair in zip(plain, neither))
-    assert torch.equal(both.cams, no_rounds.cams) and torch.equal(no_bias.cams, plain.cams) and not torch.equal(both.cams, plain.cams)
+    assert torch.equal(both.cams, no_rounds.cams) and torch.equal(no_bias.cams, plain.cams) and not torch.equal(both.cams,
+                                                                                                                plain.cams)
     assert torch.equal(both.maps, no_rounds.maps) and not torch.equal(both.scores, no_rounds.scores)
     assert not torch.equal(no_bias.scores, plain.scores)
 
 
 def test_numbers_that_make_no_sense_are_refused(tower):
     row = diclip.DiCLIP.rows["voc"]
-    for numbers, said in (({"lvc": True}, "--lvc and --clusters are ExCEL's"), ({"clusters": 20}, "--lvc and --clusters are ExCEL's"),
+    for numbers, said in (({"lvc": True}, "--lvc and --clusters are ExCEL's"),
+                          ({"clusters": 20}, "--lvc and --clusters are ExCEL's"),
                           ({"keys_per_class": 0}, "--keys-per-class, .*wanted numbers above 0")):
         with pytest.raises(data.DataError, match=said):
             replace(row, **numbers)
@@ -721,15 +754,17 @@ def test_numbers_that_make_no_sense_are_refused(tower):
 @pytest.fixture(scope="session")
 def diffusion(tmp_path_factory):
     """A small Stable Diffusion of the same layout with random weights, as diffusers saves it."""
-    diffusers = pytest.importorskip("diffusers", reason="pip install diffusers transformers to test the diffusion model's path")
-    transformers = pytest.importorskip("transformers", reason="pip install diffusers transformers to test the diffusion model's path")
+    why = "pip install diffusers transformers to test the diffusion model's path"
+    diffusers, transformers = (pytest.importorskip(name, reason=why) for name in ("diffusers", "transformers"))
     root = tmp_path_factory.mktemp("stable diffusion")
     torch.manual_seed(0)
     diffusers.UNet2DConditionModel(
-        block_out_channels=(24, 48, 96, 96), attention_head_dim=[3, 6, 12, 12], cross_attention_dim=32, norm_num_groups=8, layers_per_block=2,
+        block_out_channels=(24, 48, 96, 96), attention_head_dim=[3, 6, 12, 12], cross_attention_dim=32, norm_num_groups=8,
+        layers_per_block=2,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), use_linear_projection=True, sample_size=8,
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3).save_pretrained(root / "unet")
-    diffusers.AutoencoderKL(block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=4,
+    diffusers.AutoencoderKL(block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4,
+                            latent_channels=4,
                             up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4).save_pretrained(root / "vae")
     diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
                             steps_offset=1).save_pretrained(root / "scheduler")
@@ -741,15 +776,18 @@ def diffusion(tmp_path_factory):
     (words / "vocab.json").write_text(json.dumps({"!": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}))
     (words / "merges.txt").write_text("#version: 0.2\n")
     (words / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "CLIPTokenizer", "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
+        "tokenizer_class": "CLIPTokenizer", "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
         "pad_token": "!", "model_max_length": 77}))
     return root
 
 
 def manually(source, images, grid, noise):
-    """What `source` should say: diffusers' own pipeline up to the layers, which are asked by a processor of ours that attends itself."""
+    """What `source` should say: diffusers' own pipeline up to the layers, which are asked by a processor of ours that
+    attends itself."""
     kept, unet, vae = {}, source.unet, source.vae
-    layers = [unet.up_blocks[1].attentions[2].transformer_blocks[0].attn1, unet.up_blocks[3].attentions[1].transformer_blocks[0].attn1]
+    layers = [unet.up_blocks[1].attentions[2].transformer_blocks[0].attn1,
+              unet.up_blocks[3].attentions[1].transformer_blocks[0].attn1]
 
     class Attends:
         def __init__(self, number):
@@ -764,7 +802,8 @@ def manually(source, images, grid, noise):
     for number, layer in enumerate(layers):
         layer.set_processor(Attends(number))
     import diffusers
-    scheduler = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
+    scheduler = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                        skip_prk_steps=True, steps_offset=1)
     scheduler.set_timesteps(50)
     with torch.no_grad():
         pixels = torch.stack([torch.from_numpy(x) for x in images]).permute(0, 3, 1, 2) / 127.5 - 1
@@ -778,7 +817,8 @@ def manually(source, images, grid, noise):
     for x in (q, k):
         side = tuple(-(-length // 4) for length in latent.shape[-2:])
         maps = x.flatten(0, 1).mT.unflatten(2, side)
-        coarse.append(nn.functional.interpolate(maps, size=grid, mode="bilinear", align_corners=False).flatten(2).unflatten(0, x.shape[:2]))
+        coarse.append(nn.functional.interpolate(maps, size=grid, mode="bilinear",
+                                                align_corners=False).flatten(2).unflatten(0, x.shape[:2]))
     return (coarse[0].mT @ coarse[1])[:, 1:3], kept[1][2].unflatten(0, (len(images), -1))[:, 1:3].mean(dim=1)
 
 
@@ -821,8 +861,10 @@ def test_the_noise_is_the_steps_in_training_and_the_same_whenever_scored(diffusi
 def test_the_time_step_and_its_noise_are_those_of_the_released_code(diffusion):
     arrays, _ = golden.load_case("p6_diclip_units")
     source = diclip.load_diffusion(str(diffusion))
-    assert source.time == arrays["sd_timesteps"][45] == 101 and source.alpha_bar == pytest.approx(arrays["sd_noise"][0], rel=1e-6)
-    assert [source.alpha_bar ** 0.5, (1 - source.alpha_bar) ** 0.5] == pytest.approx(arrays["sd_noise"][1:].tolist(), rel=1e-5)
+    assert source.time == arrays["sd_timesteps"][45] == 101 and source.alpha_bar == pytest.approx(arrays["sd_noise"][0],
+                                                                                                  rel=1e-6)
+    assert [source.alpha_bar ** 0.5, (1 - source.alpha_bar) ** 0.5] == pytest.approx(arrays["sd_noise"][1:].tolist(),
+                                                                                     rel=1e-5)
 
 
 def test_pixels_reach_the_diffusion_model_as_they_are_in_the_file(diffusion, monkeypatch):
@@ -848,7 +890,7 @@ def copied(folder, tmp_path):
 @pytest.mark.parametrize("damage", [
     lambda root: shutil.rmtree(root / "vae"),
     lambda root: (root / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights"),
-    lambda root: (root / "unet" / "diffusion_pytorch_model.safetensors").rename(root / "unet" / "diffusion_pytorch_model.bin"),
+    lambda root: (root / "unet" / "diffusion_pytorch_model.safetensors").rename(root / "unet/diffusion_pytorch_model.bin"),
     lambda root: (root / "text_encoder" / "model.safetensors").rename(root / "text_encoder" / "pytorch_model.bin"),
     lambda root: (root / "unet" / "config.json").write_text("{"),
     lambda root: shutil.rmtree(root)])
@@ -856,13 +898,15 @@ def test_a_folder_that_is_no_stable_diffusion_is_refused_and_no_pickle_is_opened
     root = copied(diffusion, tmp_path)
     damage(root)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickled file was opened"))
-    with pytest.raises(data.DataError, match=re.escape(f"--attention {root}: no Stable Diffusion 2.1 in diffusers' format with safetensors (")):
+    said = f"--attention {root}: no Stable Diffusion 2.1 in diffusers' format with safetensors, or out of reach ("
+    with pytest.raises(data.DataError, match=re.escape(said)):
         diclip.load_diffusion(str(root))
 
 
 def test_a_unet_of_another_layout_is_refused(diffusion, tmp_path):
     diffusers, root = import_module("diffusers"), copied(diffusion, tmp_path)
-    diffusers.UNet2DConditionModel(block_out_channels=(8, 16), attention_head_dim=8, cross_attention_dim=32, norm_num_groups=8,
+    diffusers.UNet2DConditionModel(block_out_channels=(8, 16), attention_head_dim=8, cross_attention_dim=32,
+                                   norm_num_groups=8,
                                    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), layers_per_block=1,
                                    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")).save_pretrained(root / "unet")
     with pytest.raises(data.DataError, match="no Stable Diffusion 2.1"):
@@ -872,8 +916,8 @@ def test_a_unet_of_another_layout_is_refused(diffusion, tmp_path):
 def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch):
     for missing in ("diffusers", "transformers"):
         monkeypatch.setitem(sys.modules, missing, None)
-        with pytest.raises(data.DataError, match="needs two more packages: `pip install diffusers transformers`; or take --attention "
-                                                 "dino, or none"):
+        with pytest.raises(data.DataError, match="needs two more packages: `pip install diffusers transformers`; or take "
+                                                 "--attention dino, or none"):
             diclip.load_diffusion("anything")
         monkeypatch.delitem(sys.modules, missing)
 
@@ -882,7 +926,8 @@ def test_weights_have_one_fingerprint_in_half_precision_and_in_full(diffusion):
     """A checkpoint moves between a GPU and a CPU."""
     source = diclip.load_diffusion(str(diffusion))
     fingerprint = backbone.fingerprint(source)
-    assert fingerprint == backbone.fingerprint(source.half()) and not any(p.dtype == torch.float32 for p in source.parameters())
+    assert fingerprint == backbone.fingerprint(source.half()) and not any(p.dtype == torch.float32
+                                                                          for p in source.parameters())
 
 
 def test_dino_stands_in_with_the_cosines_of_its_features(world):
@@ -903,6 +948,11 @@ def test_dino_stands_in_with_the_cosines_of_its_features(world):
 SMALL = ("--keys-per-class", 2, "--background-keys", 3)
 
 
+def draw(path, rng):
+    """A picture of large spots that nobody has seen before."""
+    Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)).resize((70, 84)).save(path)
+
+
 @pytest.fixture(scope="module")
 def world(world, tmp_path_factory):
     """The tiny world with four more training pictures of each class: in some a mask is empty."""
@@ -910,7 +960,7 @@ def world(world, tmp_path_factory):
     shutil.copytree(world, root)
     lines = (root / "labels.csv").read_text(encoding="utf-8").splitlines()
     for number in range(12):
-        Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)).resize((70, 84)).save(root / "images" / f"more{number}.png")
+        draw(root / "images" / f"more{number}.png", rng)
         shutil.copy(root / "masks" / f"{number % 3}.png", root / "masks" / f"more{number}.png")
         lines.append(f"more{number}.png,{CLASSES[number % 3]},train")
     (root / "labels.csv").write_text("\n".join(lines), encoding="utf-8")
@@ -919,7 +969,8 @@ def world(world, tmp_path_factory):
 
 def making(world, *more):
     """The command line that makes a small cache."""
-    return [*map(str, ("cache", world, "--clip", world / "clip.pt", "--attention", "none", "--long-side", 64, "--device", "cpu", *SMALL, *more))]
+    return [*map(str, ("cache", world, "--clip", world / "clip.pt", "--attention", "none", "--long-side", 64, "--device",
+                       "cpu", *SMALL, *more))]
 
 
 def settings_of(path):
@@ -938,10 +989,12 @@ def test_the_cache_is_k_means_of_features_inside_and_outside_of_training_free_ma
     assert diclip.main(making(world, "--output", here / "cache.pt")) == 0
     said, stored = capsys.readouterr().out, torch.load(here / "cache.pt", weights_only=True)
     assert "cache.pt: 9 keys, background 3, cat 2, sofa 2, tree house 2\nnext: " in said and "--cache cache.pt" in said
-    assert stored["classes"] == list(CLASSES) and stored["clip"] == backbone.fingerprint(backbone.load_clip(str(world / "clip.pt")))
+    tower = backbone.load_clip(str(world / "clip.pt"))
+    assert stored["classes"] == list(CLASSES) and stored["clip"] == backbone.fingerprint(tower)
     assert stored["values"].argmax(1).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3] and not (here / "cache.part").exists()
     info = data.dataset_info(str(world))
-    row = replace(diclip.DiCLIP.rows["voc"], clip=str(world / "clip.pt"), attention=None, cache=None, long_side=64, rar_rounds=10,
+    row = replace(diclip.DiCLIP.rows["voc"], clip=str(world / "clip.pt"), attention=None, cache=None, long_side=64,
+                  rar_rounds=10,
                   box_fraction_free=0.79)
     frozen = diclip.DiCLIP.load(row, "cpu")
     method = diclip.DiCLIP(diclip.DiCLIP.suited(row, frozen), info, frozen)
@@ -952,7 +1005,8 @@ def test_the_cache_is_k_means_of_features_inside_and_outside_of_training_free_ma
         item = data.as_item(sample, image, None, 4)
         label = method.ladder(item["image"], item["labels"], trained=False).labels["pseudo label"]
         features = method.look(method.network_image(item["image"]), True).features[0, 1:]
-        small = label[[(2 * i + 0) * label.shape[0] // 8 for i in range(4)]][:, [2 * i * label.shape[1] // 8 for i in range(4)]].flatten()
+        rows, columns = ([i * length // 4 for i in range(4)] for length in label.shape)
+        small = label[rows][:, columns].flatten()
         if small.any():
             found[1 + sample.labels[0]].append(features[small > 0].mean(0))
             found[0] += [features[small == 0].mean(0)] if (small == 0).any() else []
@@ -987,8 +1041,8 @@ def test_a_cache_that_was_stopped_goes_on_where_it_was(world, here, monkeypatch)
 
 
 def test_classes_with_too_few_pictures_are_named(world, here):
-    with pytest.raises(data.DataError, match=r"a cache of 7 keys for each class: too few pictures with a single label of tree house \(6\); "
-                                             "add some, or take --keys-per-class N, or --cache none"):
+    with pytest.raises(data.DataError, match=r"a cache of 7 keys for each class: too few pictures with a single label of tree "
+                                             r"house \(6\); add some, or take --keys-per-class N, or --cache none"):
         diclip.main(making(world, "--keys-per-class", 7))
     with pytest.raises(data.DataError, match=r"a cache of 99 keys for the background: the pictures have \d+ different ones"):
         diclip.main(making(world, "--background-keys", 99))
@@ -1006,7 +1060,7 @@ def test_pictures_of_a_folder_are_a_cache_for_classes_of_their_names(world, here
     for name in ("sofa", "cat", "tree house"):
         (here / "made" / name).mkdir(parents=True)
         for number in range(4):
-            Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)).resize((70, 84)).save(here / "made" / name / f"{number}.png")
+            draw(here / "made" / name / f"{number}.png", rng)
     diclip.main(making(world, "--pictures", here / "made", "--output", here / "cache.pt"))
     stored = torch.load(here / "cache.pt", weights_only=True)
     assert stored["classes"] == list(CLASSES) and len(stored["keys"]) == 9
@@ -1019,13 +1073,16 @@ def test_pictures_of_a_folder_are_a_cache_for_classes_of_their_names(world, here
 
 
 def test_so_many_pictures_of_a_class_are_taken_from_all_over_it():
-    samples = [data.Sample(str(i), "", None, labels, "csv") for i, labels in enumerate([(0,)] * 9 + [(0, 1), (), (1,), (1,), (1,)])]
-    info, cfg = data.with_prompts("two", ("a", "b"), ()), replace(diclip.DiCLIP.rows["voc"], keys_per_class=2, cache_pictures=3)
+    samples = [data.Sample(str(i), "", None, labels, "csv") for i,
+               labels in enumerate([(0,)] * 9 + [(0, 1), (), (1,), (1,), (1,)])]
+    info, cfg = data.with_prompts("two", ("a", "b"), ()), replace(diclip.DiCLIP.rows["voc"], keys_per_class=2,
+                                                                  cache_pictures=3)
     assert [sample.name for sample in diclip.of_one_class(samples, info, cfg)] == ["0", "4", "8", "11", "12", "13"]
 
 
 @pytest.mark.parametrize("change, said", [
-    (lambda cache: cache.update(classes=["cow", "cat"]), r"cache.pt: a cache of the classes \['cow', 'cat'\], wanted \['cat', "),
+    (lambda cache: cache.update(classes=["cow", "cat"]),
+     r"cache.pt: a cache of the classes \['cow', 'cat'\], wanted \['cat', "),
     (lambda cache: cache.update(clip="0123"), r"cache.pt: a cache of another CLIP \(0123\) than this one"),
     (lambda cache: cache.pop("keys"), "cache.pt: its cache is missing, damaged, or not of 3 classes and a CLIP of width 32"),
     (lambda cache: cache.update(keys=[1]), "cache.pt: its cache is missing, damaged"),
@@ -1089,9 +1146,11 @@ def test_the_command_and_05_make_the_same_cache(world, whole, here, capsys):
     """In the same place; neither makes it twice."""
     line = arguments(world, here / "run", *RUN)[1:]
     asked = dict(zip(line[::2], line[1::2]))
-    diclip.main(["cache", str(world), *(x for what in ("--clip", "--dino", "--attention", "--long-side") for x in (what, asked[what])),
+    diclip.main(["cache", str(world), *(x for what in ("--clip", "--dino", "--attention", "--long-side")
+                                        for x in (what, asked[what])),
                  "--device", "cpu", *map(str, SMALL)])
-    made_by_05, made_here = (sorted(path.name for path in (folder / "runs" / "cache").glob("*")) for folder in (whole.parent, here))
+    made_by_05, made_here = (sorted(path.name for path in (folder / "runs" / "cache").glob("*"))
+                             for folder in (whole.parent, here))
     assert made_by_05 == made_here and len(made_here) == 1
     stored = torch.load(here / "runs" / "cache" / made_here[0], weights_only=True)
     assert torch.equal(stored["keys"], read(whole)["model"]["keys"])
@@ -1113,21 +1172,26 @@ def test_06_loads_no_attention_source_to_segment_a_picture(world, whole, tmp_pat
     said = capsys.readouterr().out
     assert "diclip, trained on folder for 4 steps" in said and "pseudo label" in said and "DINO stands in" in said
     torch.save(golden.dino_state_dict(golden.DINO_LAYOUTS["tiny"], seed=9), tmp_path / "other.pth")
-    with pytest.raises(data.DataError, match=r"trained with another dino than .*other.pth \([0-9a-f]{16}\): with [0-9a-f]{16}; give that "
-                                             "one with --dino"):
-        infer.main([*argv, "--data-path", str(world), "--cams", "--output-dir", str(tmp_path / "other"), "--dino", str(tmp_path / "other.pth")])
+    with pytest.raises(data.DataError, match=r"trained with another dino than .*other.pth \([0-9a-f]{16}\): with "
+                                             "[0-9a-f]{16}; give that one with --dino"):
+        infer.main([*argv, "--data-path", str(world), "--cams", "--output-dir", str(tmp_path / "other"), "--dino",
+                    str(tmp_path / "other.pth")])
 
 
 def test_pseudo_labels_are_the_same_whenever_they_are_written(world, whole, tmp_path):
     for name in ("a", "b"):
-        infer.main([str(whole / "best.pt"), "--device", "cpu", "--data-path", str(world), "--cams", "--output-dir", str(tmp_path / name)])
+        infer.main([str(whole / "best.pt"), "--device", "cpu", "--data-path", str(world), "--cams", "--output-dir",
+                    str(tmp_path / name)])
     files = sorted((tmp_path / "a" / "pseudo_label").glob("*.png"))
-    assert len(files) == 4 and all(path.read_bytes() == (tmp_path / "b" / "pseudo_label" / path.name).read_bytes() for path in files)
+    assert len(files) == 4 and all(path.read_bytes() == (tmp_path / "b" / "pseudo_label" / path.name).read_bytes()
+                                   for path in files)
 
 
 @pytest.mark.parametrize("damage", [
-    lambda model: model.pop("keys"), lambda model: model["keys"].fill_(torch.nan), lambda model: model.update(values=torch.rand(9, 4)),
-    lambda model: model.update(keys=torch.rand(9, 31)), lambda model: model.pop("source"), lambda model: model.update(keys=[1, 2]),
+    lambda model: model.pop("keys"), lambda model: model["keys"].fill_(torch.nan),
+    lambda model: model.update(values=torch.rand(9, 4)),
+    lambda model: model.update(keys=torch.rand(9, 31)), lambda model: model.pop("source"),
+    lambda model: model.update(keys=[1, 2]),
     lambda model: model.pop("dynamic_adapter.fc1.weight"), lambda model: model.update(source=torch.zeros(9))])
 def test_a_damaged_checkpoint_is_refused(world, whole, tmp_path, damage):
     checkpoint = read(whole)
@@ -1138,18 +1202,21 @@ def test_a_damaged_checkpoint_is_refused(world, whole, tmp_path, damage):
 
 
 @pytest.mark.parametrize("more", [
-    ("--amp",), ("--attention", "none"), ("--no-aliased", "--no-summed-maps", "--surgery-blocks", 0), ("--biased-inference", "--no-bias"),
+    ("--amp",), ("--attention", "none"), ("--no-aliased", "--no-summed-maps", "--surgery-blocks", 0),
+    ("--biased-inference", "--no-bias"),
     ("--biased-inference",), ("--rar-rounds", 0, "--own-affinity-from", 2, "--adapter-from", 3)])
 def test_it_trains_with_amp_and_with_parts_switched_off(world, here, more):
     assert train.main(arguments(world, here / "run", *RUN, "--cache", "made", *SMALL, *more)) == 0
     rows = logged(here / "run")
-    assert len(rows) == 4 and all(np.isfinite(float(value)) for row in rows for value in row.values()) and "adapter" in rows[0]
+    assert len(rows) == 4 and all(np.isfinite(float(value)) for row in rows
+                                  for value in row.values()) and "adapter" in rows[0]
 
 
 def test_with_masks_neither_source_nor_cache_is_asked_for(world, here, monkeypatch):
     monkeypatch.setattr(diclip, "load_source", lambda *_: pytest.fail("the source was loaded"))
     monkeypatch.setattr(diclip, "made_cache", lambda *_: pytest.fail("a cache was made"))
-    assert train.main(arguments(world, here / "run", *RUN, "--masks", "truth", "--cache", "made", "--own-affinity-from", 1)) == 0
+    assert train.main(arguments(world, here / "run", *RUN, "--masks", "truth", "--cache", "made", "--own-affinity-from",
+                                1)) == 0
     config = read(here / "run")["config"]
     assert (config["attention"], config["cache"], config["own_affinity_from"]) == (None, None, None)
     assert "adapter" not in logged(here / "run")[0]
@@ -1157,19 +1224,22 @@ def test_with_masks_neither_source_nor_cache_is_asked_for(world, here, monkeypat
 
 
 def test_it_trains_stops_and_segments_with_a_diffusion_model(world, diffusion, here, monkeypatch, capsys):
-    """Resumed from another place of the same weights; two runs agree, with its noise; 06 --attention says where it is by then."""
+    """Resumed from another place of the same weights; two runs agree, with its noise; 06 --attention says where it is by
+    then."""
     line = (*RUN, "--attention", diffusion, "--cache", "made", *SMALL)
     assert train.main(arguments(world, here / "whole", *line)) == 0
     assert train.main(arguments(world, here / "run", *line, "--max-iters", 2)) == 0
     frozen = read(here / "run")["frozen"]
     assert frozen["attention"]["name"] == str(diffusion) and set(frozen) == {"clip", "attention"}
     moved = copied(diffusion, here)
-    assert train.main(["--resume", str(here / "run"), "--max-iters", "4", "--print-freq", "1", "--attention", str(moved)]) == 0
+    assert train.main(["--resume", str(here / "run"), "--max-iters", "4", "--print-freq", "1", "--attention",
+                       str(moved)]) == 0
     assert logged(here / "run") == logged(here / "whole")
     ours, theirs = read(here / "run")["model"], read(here / "whole")["model"]
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
     capsys.readouterr()
-    argv = [str(here / "run" / "best.pt"), "--device", "cpu", "--data-path", str(world), "--cams", "--attention", str(diffusion)]
+    argv = [str(here / "run" / "best.pt"), "--device", "cpu", "--data-path", str(world), "--cams", "--attention",
+            str(diffusion)]
     assert infer.main(argv) == 0
     assert "variant" not in capsys.readouterr().out
     with pytest.raises(data.DataError, match="last.pt: attention is .* this run has "):
@@ -1187,7 +1257,8 @@ def steps_of_a_half(rank, world_size, method, images, labels, folder):
     """What each of two processes does: steps before and after the filter; then its share of an odd number of pictures."""
     torch.set_num_threads(1)
     if world_size > 1:
-        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/meeting", world_size), rank=rank, world_size=world_size)
+        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/meeting", world_size), rank=rank,
+                                world_size=world_size)
         method.network = nn.parallel.DistributedDataParallel(method.model)
     mine, losses, gradients = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size), [], []
     optimizer = train.make_optimizer(method.model, method.cfg.lr)
@@ -1208,14 +1279,16 @@ def steps_of_a_half(rank, world_size, method, images, labels, folder):
 
 
 def test_two_processes_are_one(tower, world, tmp_path):
-    """Losses and gradients of the whole batch, the adapter's too. Three pictures among two: one scores twice and waits for nobody."""
+    """Losses and gradients of the whole batch, the adapter's too. Three pictures among two: one scores twice and waits for
+    nobody."""
     generator = torch.Generator().manual_seed(7)
     images = torch.randn(4, 3, 32, 32, generator=generator)
     images[2:] += 3 * torch.randn(1, 3, 1, 1, generator=generator)  # the halves differ
     labels = (torch.eye(5)[[0, 1, 2, 4]] + torch.eye(5)[[3, 3, 0, 4]] > 0).float()
     runs = {}
     for world_size in (1, 2):
-        method = made(tower, source=diclip.FromDino(backbone.load_dino(str(world / "dino.pth"))), attention="dino", dynamic_from=1, warmup=0,
+        method = made(tower, source=diclip.FromDino(backbone.load_dino(str(world / "dino.pth"))), attention="dino",
+                      dynamic_from=1, warmup=0,
                       lr=1e-12)  # weights stay
         given = (world_size, method, images, labels, str(tmp_path))
         if world_size == 1:
@@ -1239,7 +1312,8 @@ def test_two_processes_of_torchrun_share_one_cache(world, here):
     free = port.getsockname()[1]
     port.close()
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free}",
-                           str(ROOT / "05_train.py"), *arguments(world, here / "run", *RUN, "--cache", "made", *SMALL, "-b", 1)],
+                           str(ROOT / "05_train.py"), *arguments(world, here / "run", *RUN, "--cache", "made", *SMALL, "-b",
+                                                                 1)],
                           capture_output=True, text=True, cwd=here)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("DINO stands in") == 1 and len(list((here / "runs" / "cache").glob("*"))) == 1
