@@ -161,8 +161,8 @@ class FromDiffusion(nn.Module):
         try:
             with backbone.in_precision(amp, images.device):
                 z = self.latents(images)
-                noise = torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(SCORING_NOISE)) if step is None \
-                    else torch.randn(z.shape)
+                always = torch.Generator().manual_seed(SCORING_NOISE)
+                noise = torch.randn(z.shape) if step is not None else torch.randn(z.shape[1:], generator=always)
                 noisy = self.alpha_bar ** 0.5 * z + (1 - self.alpha_bar) ** 0.5 * noise.to(z)
                 self.unet(noisy, self.time, encoder_hidden_states=self.prompt.expand(len(z), -1, -1))
         finally:

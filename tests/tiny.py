@@ -45,7 +45,7 @@ def make_world(root: Path) -> Path:
 
 
 def small(world: Path) -> dict[str, str]:
-    """Fields of a row that name what is too large for a test, or made of more pictures than there are, and what stands for it."""
+    """Fields of a row that name what is too large for a test, or is made of more pictures than there are; what stands in."""
     return {"clip": str(world / "clip.pt"), "dino": str(world / "dino.pth"), "attention": "dino", "cache": "none"}
 
 
