@@ -57,6 +57,12 @@ class DataError(Exception):
     """Input that cannot be used. The message names the file and what mends it; `run` prints it without a traceback."""
 
 
+@cache
+def remark(text: str) -> None:
+    """Something odd that stops nothing: said once."""
+    tqdm.write(text, file=sys.stderr)
+
+
 # ---------------------------------------------------------------- the data sets: to add one, a row in DATASETS and SPLITS, and
 # its loader in LOADERS; its numbers are those of VOC unless a method has a row for it
 
@@ -143,6 +149,8 @@ def dataset_info(name_or_folder: str, background: list[str] | None = None) -> Da
         twice = [prompt for prompt, number in Counter(map(str.lower, info.prompts)).items() if number > 1]
         if twice:
             raise DataError(f"{name_or_folder}: two classes that CLIP reads as {', '.join(twice)}; give them one name")
+        if odd := [repr(name) for name in classes if not name.isprintable()]:  # bytes that are no UTF-8 among them
+            raise DataError(f"{name_or_folder}: control characters in class names: {', '.join(odd)}; rename them, in UTF-8")
     return replace(info, background=tuple(background)) if background else info
 
 
@@ -283,7 +291,7 @@ def list_samples(info: DatasetInfo, root: str | Path | None, split: str,
     found: list[str] = []
     samples = LOADERS[info.name](info, find_root(info.name, root), split, found)
     if found and problems is None:
-        raise DataError("\n".join(found[:10]))
+        raise DataError("\n".join(found[:10] + [f"and {len(found) - 10} more"] * (len(found) > 10)))
     if problems is not None:
         problems += found
     return samples
@@ -291,8 +299,10 @@ def list_samples(info: DatasetInfo, root: str | Path | None, split: str,
 
 def describe(samples: list[Sample]) -> str:
     """One line for logs: how many pictures, where their labels come from, how many show no class, how many masks."""
+    if not samples:
+        return "no images"
     sources = ", ".join(f"{source} ({count})" for source, count in Counter(s.source for s in samples).items())
-    return (f"{len(samples)} images, labels from {sources or 'nowhere'}, {sum(not s.labels for s in samples)} without "
+    return (f"{len(samples)} images, labels from {sources}, {sum(not s.labels for s in samples)} without "
             f"a foreground class, {sum(s.mask is not None for s in samples)} masks")
 
 
@@ -382,9 +392,13 @@ def xml_labels(path: Path, classes: tuple[str, ...]) -> tuple[int, ...]:
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise DataError(f"{path}: DOCTYPE and ENTITY are refused (they can fill the memory or read files); remove them")
     try:
-        objects = ElementTree.fromstring(text).findall("object")  # not iter(): the parts of a body are named inside
+        tree = ElementTree.fromstring(text)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise DataError(f"{path}: broken XML ({error}); take the file out of the archive again") from error
+    if tree.tag != "annotation":
+        raise DataError(f"{path}: not an annotation of VOC's kind: it begins with <{tree.tag}>, wanted <annotation> without a "
+                        "namespace, with <object><name> inside; export it as Pascal VOC")
+    objects = tree.findall("object")  # not iter(): the parts of a body are named inside
     names = list(dict.fromkeys((found.findtext("name") or "").strip() for found in objects))
     return class_numbers(names, classes, path)
 
@@ -398,25 +412,25 @@ def class_numbers(names: list[str], classes: tuple[str, ...], file: Path) -> tup
     return tuple(classes.index(name) for name in names)
 
 
-def voc_names(root: Path, split: str) -> list[str]:
+def voc_names(root: Path, split: str, pictures: dict[str, Path]) -> list[str]:
     """The names of a split. train_aug without its list: what has a mask in SegmentationClassAug and is not in val."""
     lists = root / "ImageSets" / "Segmentation"
     path = lists / f"{split}.txt"
     if path.exists():  # a line is NAME, or in DeepLab's list "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png"
-        names = [PureWindowsPath(line.split()[0]).stem for line in read_text(path).splitlines() if line.strip()]
-        return list(dict.fromkeys(names))
-    masks = files_by_stem(root / "SegmentationClassAug")
+        lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        return list(dict.fromkeys(line if line in pictures else PureWindowsPath(line.split()[0]).stem for line in lines))
+    masks = files_by_stem(root / "SegmentationClassAug", {".png"})
     if split == "train_aug" and masks and (lists / "val.txt").exists():
-        return sorted(masks.keys() - set(voc_names(root, "val")))
+        return sorted(masks.keys() - set(voc_names(root, "val", pictures)))
     instead = " (or SegmentationClassAug and val.txt, or take `train`)" if split == "train_aug" else ""
     raise DataError(f"{path} is missing{instead}; `python 01_data.py voc --check` says where it can be had")
 
 
 def voc_samples(info: DatasetInfo, root: Path, split: str, problems: list[str]) -> list[Sample]:
     """Labels from Annotations/NAME.xml, else from the mask; masks from SegmentationClassAug, else SegmentationClass."""
-    xmls = files_by_stem(root / "Annotations", {".xml"})
-    masks = files_by_stem(root / "SegmentationClass") | files_by_stem(root / "SegmentationClassAug")
-    return join_samples(info, split, root, voc_names(root, split), files_by_stem(root / "JPEGImages"), masks,
+    xmls, pictures = files_by_stem(root / "Annotations", {".xml"}), files_by_stem(root / "JPEGImages")
+    masks = files_by_stem(root / "SegmentationClass", {".png"}) | files_by_stem(root / "SegmentationClassAug", {".png"})
+    return join_samples(info, split, root, voc_names(root, split, pictures), pictures, masks,
                         lambda name: xml_labels(xmls[name], info.classes) if name in xmls else None, "xml", problems)
 
 
@@ -440,28 +454,40 @@ def coco_places(root: Path, split: str) -> tuple[Path, Path | None, Path]:
     return folders[0], jsons[0] if jsons else None, next((path for path in masks if path.is_dir()), masks[0])
 
 
-def read_coco_json(path: Path, classes: tuple[str, ...]) -> dict[str, tuple[int, int, list]]:
-    """Picture's name -> (height, width, [(0-based class, segmentation), ...]), crowds included.
+def read_coco_json(path: Path, classes: tuple[str, ...], problems: list[str]) -> dict[str, tuple[int, int, list]]:
+    """Picture's name -> (height, width, [(0-based class, segmentation, id), ...]), crowds included.
 
     COCO's category ids have gaps (1..90 for 80 classes); classes go by name, which gives 0..79 in the same order.
+    Objects of pictures that are not listed, or of no category, are left out and said to be so.
     """
+    records, odd = {}, []
+
+    def record(image: dict) -> None:
+        try:
+            name = coco_name(Path(safe_name(image["file_name"], path)).stem)
+            new = int(image["height"]), int(image["width"]), objects[image["id"]], image["id"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: a wrong record of a picture, {image!r:.100} ({type(error).__name__}: {error})") from error
+        if (other := records.setdefault(name, new)) is not new:
+            raise DataError(f"{path}: two records of {image['file_name']}, with the ids {other[3]} and {new[3]}; make them one")
+
     try:
         content = json.loads(read_text(path))
         ids, names = zip(*((category["id"], category["name"]) for category in content["categories"]))
         numbers = dict(zip(ids, class_numbers(names, classes, path)))
-        objects: dict = {image["id"]: [] for image in content["images"]}
+        objects = {image.get("id"): [] for image in content["images"]}
         for found in content["annotations"]:
-            objects[found["image_id"]].append((numbers[found["category_id"]], found.get("segmentation")))
-        records: dict = {}
-        for image in content["images"]:
-            name = coco_name(Path(safe_name(image["file_name"], path)).stem)
-            if name in records:
-                raise DataError(f"{path}: two records of {image['file_name']}, one has the id {image['id']}; make them one")
-            records[name] = int(image["height"]), int(image["width"]), objects[image["id"]]
-        return records
+            try:
+                objects[found["image_id"]].append((numbers[found["category_id"]], found.get("segmentation"), found.get("id")))
+            except KeyError:
+                odd.append(f"{found.get('id')} of picture {found.get('image_id')}")
+        gather(record, content["images"], problems)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not COCO's instance format ({type(error).__name__}: {error}); "
                         "take the file out of the archive again") from error
+    if odd:
+        remark(f"{path}: objects of pictures or categories that it does not list are left out, {len(odd)}: {', '.join(odd[:10])}")
+    return {name: found[:3] for name, found in records.items()}
 
 
 def coco_samples(info: DatasetInfo, root: Path, split: str, problems: list[str]) -> list[Sample]:
@@ -470,10 +496,10 @@ def coco_samples(info: DatasetInfo, root: Path, split: str, problems: list[str])
     Images without any of the 80 classes are no part of the published splits (82 081 of 82 783, 40 137 of 40 504).
     """
     folder, json_path, mask_folder = coco_places(root, split)
-    pictures, masks = ({coco_name(stem): path for stem, path in files_by_stem(place).items()}
-                       for place in (folder, mask_folder))
-    records = read_coco_json(json_path, info.classes) if json_path else {}
-    labels = {name: tuple(sorted({number for number, _ in objects})) for name, (_, _, objects) in records.items()}
+    pictures, masks = ({coco_name(stem): path for stem, path in files_by_stem(place, suffixes).items()}
+                       for place, suffixes in ((folder, None), (mask_folder, {".png"})))
+    records = read_coco_json(json_path, info.classes, problems) if json_path else {}
+    labels = {name: tuple(sorted({number for number, *_ in objects})) for name, (_, _, objects) in records.items()}
     names = list(labels) if json_path else sorted(pictures)
     samples = join_samples(info, split, root, names, pictures, masks, labels.get, "json", problems)
     return [sample for sample in samples if sample.labels]
@@ -507,7 +533,7 @@ def folder_rows(root: Path) -> list[tuple[str, list[str], str]]:
     comma = "\t" if "\t" in text else "," if "," in text else ";"
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            file, names, split, *more = [cell.strip() for cell in next(csv.reader([line], delimiter=comma), [])] + [""] * 3
+            file, names, split, *more = [cell.strip() for cell in next(csv.reader([line], delimiter=comma, strict=True), [])] + [""] * 3
         except csv.Error as error:
             raise DataError(f"{table}, line {number}: {error}; save it as CSV with commas, in UTF-8") from error
         if not line.strip(", ;\t") or (number == 1 and file.lower() in HEADS):
@@ -517,6 +543,18 @@ def folder_rows(root: Path) -> list[tuple[str, list[str], str]]:
             raise DataError(f"{table}, line {number}: {line!r} is not file,class;class or file,class;class,train|val")
         rows.append((safe_name(file, table), classes, split or "train"))
     return rows
+
+
+def divide(root: Path, share: float) -> None:
+    """Write FOLDER/labels.csv for sub-folders of classes; `share` of the pictures, drawn by chance, are kept for scoring (val)."""
+    table, rows = root / "labels.csv", folder_rows(root)
+    if table.exists() or not 0 < share < 1 or any(split == "val" for _, _, split in rows):
+        raise DataError(f"--val-share {share}: wanted a share between 0 and 1, and {root} without labels.csv (its third column may "
+                        "say val) and without val/")
+    kept = np.random.default_rng(0).permutation(len(rows)) < share * len(rows)
+    with open(table, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows((name, ";".join(names), "val" if val else "train") for (name, names, _), val in zip(rows, kept))
+    print(f"wrote {table}: {kept.sum()} of {len(rows)} pictures are val")
 
 
 def folder_samples(info: DatasetInfo, root: Path, split: str, problems: list[str]) -> list[Sample]:
@@ -782,8 +820,24 @@ def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int,
 
 # ---------------------------------------------------------------- COCO: masks from the json
 
+def run_lengths(text: str) -> list[int]:
+    """COCO's compressed form: five bits a character, lowest first; from the fourth on, the difference to the last but one."""
+    counts, value, shift = [], 0, 0
+    for character in text.encode("ascii"):
+        bits = character - 48
+        value, shift = value | (bits & 31) << shift, shift + 5
+        if not bits & 32:  # the number ends here
+            value -= (bits >> 4 & 1) << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
+
+
 def object_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """(H, W) bool of one COCO object, drawn by pycocotools: polygons, or for crowds {"counts": run lengths by columns}."""
+    """(H, W) bool of one COCO object, drawn by pycocotools: polygons, or {"counts": run lengths by columns}, compressed or not.
+
+    A polygon of two points has no area: nothing is drawn. Raises ValueError for what is no segmentation of this picture
+    """
     try:
         official = import_module("pycocotools.mask")
     except ImportError as error:
@@ -791,48 +845,53 @@ def object_mask(segmentation: list | dict, height: int, width: int) -> np.ndarra
     if not segmentation:
         raise ValueError("it has a box and no segmentation; take COCO's instances_*.json")
     if isinstance(segmentation, list):
-        corners = np.concatenate([np.asarray(polygon, np.float64) for polygon in segmentation])
-        if not (np.abs(corners) < 10 * max(height, width)).all():
-            raise ValueError("a corner is far outside the picture")
-        runs = official.merge(official.frPyObjects(segmentation, height, width))
-    else:
-        counts = segmentation["counts"]
-        if not isinstance(counts, list) or min(counts) < 0 or sum(counts) != height * width:
-            raise ValueError("run lengths are no list that adds up to the picture's size")
-        runs = official.frPyObjects({"counts": counts, "size": [height, width]}, height, width)
-    return official.decode(runs).astype(bool)
+        polygons = [np.asarray(polygon, np.float64) for polygon in segmentation]
+        if any(len(corners) % 2 or not (np.abs(corners) < 10 * max(height, width)).all() for corners in polygons):
+            raise ValueError("a polygon with half a corner, or one far outside the picture")
+        polygons = [corners.tolist() for corners in polygons if len(corners) > 4]  # four numbers would be taken for a box
+        runs = official.merge(official.frPyObjects(polygons, height, width)) if polygons else None
+        return official.decode(runs).astype(bool) if polygons else np.zeros((height, width), bool)
+    counts, size = segmentation["counts"], segmentation.get("size", [height, width])
+    counts = run_lengths(counts) if isinstance(counts, str) else counts
+    whole = all(isinstance(count, int) and count >= 0 for count in counts)
+    if not whole or list(size) != [height, width] or sum(counts) != height * width:  # pycocotools would write elsewhere
+        raise ValueError(f"run lengths of {sum(counts)} pixels, {size}, for a picture of {[height, width]} (height, width)")
+    return official.decode(official.frPyObjects({"counts": counts, "size": [height, width]}, height, width)).astype(bool)
 
 
-def coco_mask(height: int, width: int, objects: list, file: Path) -> np.ndarray:
-    """(H, W) uint8 class mask of one picture: where objects overlap, the smaller one is on top."""
-    try:
-        if height * width > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"a picture of {height} x {width}")
-        masks = [(object_mask(segmentation, height, width), number) for number, segmentation in objects]
-        result = np.zeros((height, width), np.uint8)
-        for mask, number in sorted(masks, key=lambda item: -item[0].sum()):
-            result[mask] = 1 + number
-        return result
-    except DataError:
-        raise
-    except Exception as error:  # pycocotools raises just that
-        raise DataError(f"{file}: cannot draw an object ({error}); take the file out of the archive again") from error
+def coco_mask(height: int, width: int, objects: list, name: str) -> np.ndarray:
+    """(H, W) uint8 class mask of one picture: where objects overlap, the smaller one is on top. Errors name picture and object."""
+    if not 0 < height * width <= Image.MAX_IMAGE_PIXELS:
+        raise DataError(f"{name}: a picture of {height} x {width}; correct its record")
+    masks, result = [], np.zeros((height, width), np.uint8)
+    for number, segmentation, identity in objects:
+        try:
+            masks.append((object_mask(segmentation, height, width), number))
+        except DataError:
+            raise
+        except Exception as error:  # pycocotools raises just that
+            raise DataError(f"{name}: no mask is written, object {identity} cannot be drawn ({error}); correct it in the "
+                            "json, or take it out") from error
+        if isinstance(segmentation, list) and min(map(len, segmentation)) < 6 or not masks[-1][0].any():
+            remark(f"{name}: object {identity} or a part of it has no area; that is not drawn")
+    for mask, number in sorted(masks, key=lambda item: -item[0].sum()):
+        result[mask] = 1 + number
+    return result
 
 
 def is_older(path: str | Path, other: Path | None) -> bool:
     return other is not None and Path(path).stat().st_mtime < other.stat().st_mtime
 
 
-def write_coco_masks(info: DatasetInfo, root: Path, split: str) -> None:
+def write_coco_masks(info: DatasetInfo, root: Path, split: str, problems: list[str]) -> None:
     """SegmentationClass/val2014/000000000042.png and so on, for the pictures that have none or one from before the json."""
     _, json_path, folder = coco_places(root, split)
-    missing = [sample.name for sample in list_samples(info, root, split) if sample.mask is None or is_older(sample.mask, json_path)]
-    if missing:
-        records = read_coco_json(json_path, info.classes)
-        folder.mkdir(parents=True, exist_ok=True)
-    for name in tqdm(missing, desc=f"masks of {split}", disable=None):
-        save_mask(folder / f"{name}.png", coco_mask(*records[name], json_path))
-    print(f"{split}: wrote {len(missing)} masks to {folder}")
+    samples = list_samples(info, root, split, problems)
+    names = [sample.name for sample in samples if sample.mask is None or is_older(sample.mask, json_path)]
+    records = read_coco_json(json_path, info.classes, []) if names else {}
+    written = gather(lambda name: save_mask(folder / f"{name}.png", coco_mask(*records[name], name)),
+                     tqdm(names, desc=f"masks of {split}", disable=None), problems)
+    print(f"{split}: wrote {len(written)} masks to {folder}")
 
 
 # ---------------------------------------------------------------- the check and the command line
@@ -843,8 +902,10 @@ def inspect(sample: Sample, num_classes: int) -> tuple[str, bool]:
     That is no error: in the whole train_aug of VOC, XML and mask differ for about 8 % of the images.
     """
     try:
-        _, mask = load_pair(sample, num_classes, sample.mask is not None)
-        return "", mask is not None and set(mask_labels(mask)) != set(sample.labels)
+        image, mask = load_pair(sample, num_classes, sample.mask is not None)
+        dark = image.max() <= 64 and (f"{sample.image}: no pixel is brighter than {image.max()} of 255; if it has 10, 12 or 14 "
+                                      "bits in 16, stretch them to the whole range")
+        return dark or "", mask is not None and set(mask_labels(mask)) != set(sample.labels)
     except DataError as error:
         return str(error), False
 
@@ -877,7 +938,7 @@ def report(info: DatasetInfo, root: Path, thorough: bool) -> list[str]:
             problems.append(f"{split}: {len(samples)} usable images, the published split has {published}")
         counts = Counter(info.classes[label] for sample in samples for label in sample.labels)
         line = ", ".join(f"{name} {counts[name]}" for name in info.classes)
-        print(textwrap.indent(textwrap.fill(line, 100), " " * 11))
+        print(textwrap.indent(textwrap.fill(line, 100), " " * 11) if samples else "", end="\n" * bool(samples))
         if thorough:
             todo = [sample for sample in samples if sample.image not in seen]
             seen.update(sample.image for sample in todo)
@@ -886,8 +947,8 @@ def report(info: DatasetInfo, root: Path, thorough: bool) -> list[str]:
                                     desc=f"opening {split}", disable=None))
             differing, masks = sum(differs for _, differs in results), sum(sample.mask is not None for sample in todo)
             problems += [problem for problem in (*(found for found, _ in results), contradiction(differing, masks)) if problem]
-            print(f"{'':10} {len(todo)} opened (the others were before); "
-                  f"the mask shows other classes than the label in {differing}")
+            print(f"{'':10} {len(todo)} opened" + ", the others were before" * (len(todo) < len(samples))
+                  + (f"; of {masks} masks, {differing} show other classes than the labels" if masks else ""))
             old = [sample.name for sample in samples if info.name == "coco" and sample.mask and is_older(
                 sample.mask, coco_places(root, split)[1])]
             if old:
@@ -902,6 +963,8 @@ def report(info: DatasetInfo, root: Path, thorough: bool) -> list[str]:
         if made_of:
             problems.append(f"classes made of other classes: {', '.join(made_of[:10])}; several classes of a picture are "
                             "separated by semicolons: file,class;class")
+        if "background" in map(str.lower, info.classes):
+            problems.append("a class called background: that is always class 0; leave the classes of a picture without any empty")
     return problems
 
 
@@ -949,6 +1012,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("dataset", help=f"{', '.join(DATASETS)}, or a folder of your own")
     p.add_argument("--data-path", metavar="DIR", help="where it lies (default: data/NAME beside this file)")
     p.add_argument("--check", action="store_true", help="open every file and list all problems; writes nothing")
+    p.add_argument("--val-share", type=float, metavar="X", help="of a folder with a sub-folder per class: write labels.csv, in which "
+                   "this share of the pictures is marked val")
     p.add_argument("--sheet", metavar="OUT.png", help="draw a contact sheet of 24 training pictures with masks and labels")
     return p.parse_args(argv)
 
@@ -956,12 +1021,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """-> exit status: 0, or 1 if there are problems."""
     args = parse_args(argv)
-    info, root = dataset_info(args.dataset), find_root(args.dataset, args.data_path)
-    print(f"{info.name} in {root}, {info.num_classes} classes with background: "
-          + ", ".join(f"{number} {name}" for number, name in enumerate(info.classes, 1)))
+    if args.sheet and Path(args.sheet).suffix.lower() not in picture_formats():
+        raise DataError(f"--sheet {args.sheet}: no picture's name; wanted one ending in .png or .jpg")
+    root = find_root(args.dataset, args.data_path)
+    if args.val_share:
+        divide(root, args.val_share)
+    info = dataset_info(args.dataset)
+    print(f"{info.name} in {root}; masks have 0 background, "
+          + ", ".join(f"{number} {name}" for number, name in enumerate(info.classes, 1)) + f" and {IGNORE_INDEX} void")
     problems: list[str] = []
     if info.name == "coco" and not args.check:
-        gather(partial(write_coco_masks, info, root), list(SPLITS["coco"]), problems)
+        gather(lambda split: write_coco_masks(info, root, split, problems), list(SPLITS["coco"]), problems)
     problems = list(dict.fromkeys(problems + report(info, root, args.check)))
     for problem in problems:
         print(f"problem: {problem}")

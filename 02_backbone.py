@@ -14,6 +14,7 @@ head or of DINO.
 import argparse
 import hashlib
 import itertools
+import pickle
 import sys
 import time
 import urllib.error
@@ -47,6 +48,22 @@ DINO_SHA256 = {
     "dinov2_vitb14_reg": "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
     "dinov2_vitl14_reg": "36e4deffbaef061a2576705b0c36f93621e2ae20bf6274694821b0b492551b51",
 }
+
+
+def read_plain(path: Path):
+    """What torch.save has written, of tensors and plain values: nothing in the file is executed. Raises ValueError for more."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own text advises to load it all the same
+        raise ValueError("it holds more than tensors and plain values, which is not read since it could run code") from None
+
+
+def expect_names(state: dict, *names: str) -> None:
+    """Raises ValueError, which says what was found, if a state dict has not these names."""
+    if not isinstance(state, dict) or not set(names) <= state.keys():
+        found = ", ".join(map(str, list(state)[:4])) if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise ValueError(f"found {found}, ...; wanted a state dict with {', '.join(names)}, ... (a training's checkpoint has it "
+                         "inside; Hugging Face's has other names: take the original file)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -85,10 +102,13 @@ def _clip_from_file(path: Path) -> nn.Module:
                 raise ValueError("a TorchScript archive that is not OpenAI's by its SHA-256. If you trust it, make a state dict "
                                  "of it: torch.save(torch.jit.load(FILE).state_dict(), NEW)")
             return clip.model.build_model(torch.jit.load(path, map_location="cpu").state_dict())
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if "token_embedding.words" in state:  # the toy file keeps only the rows that its world has words for
+        state = read_plain(path)
+        if isinstance(state, dict) and "token_embedding.words" in state:  # the toy file keeps only the rows that its world has words for
             words, rows = state.pop("token_embedding.words"), state.pop("token_embedding.rows")
             state["token_embedding.weight"] = rows.new_zeros(49_408, rows.shape[1]).index_copy(0, words, rows)
+        expect_names(state, "visual.conv1.weight", "transformer.resblocks.0.ln_1.weight", "token_embedding.weight")
+        if path.parent != SHAPES_DIR:
+            data.remark(f"{path}: not one of OpenAI's files by its hash; taken to be built like them (QuickGELU, heads of 64)")
         return clip.model.build_model(state)
     except Exception as error:  # whatever a foreign file makes torch or clip raise: say which file it was
         raise data.DataError(f"{path}: not a CLIP of OpenAI's (TorchScript archive or state dict): {error}") from error
@@ -107,10 +127,14 @@ def text_features(model: nn.Module, names: tuple[str, ...], template: str = data
     ->     (n, E) float32, L2 norm 1
     """
     try:
-        tokens = clip.tokenize([template.format(name) for name in names])
+        tokens, alone = (clip.tokenize([form.format(name) for name in names]) for form in (template, "{}"))
     except RuntimeError as error:  # the text tower reads 77 tokens
         raise data.DataError(f"a class name or a description is too long for CLIP, make it shorter: {error}") from error
-    return F.normalize(model.encode_text(tokens.to(model.token_embedding.weight.device)), dim=-1)
+    weight = model.token_embedding.weight
+    unread = (weight == 0).all(dim=1).cpu()  # the toy has read few words
+    if wrong := [name for name, row in zip(names, alone) if unread[row[1:row.argmax()]].all()]:
+        data.remark(f"words that this CLIP has never read, what it shows for them means nothing: {', '.join(wrong[:10])}")
+    return F.normalize(model.encode_text(tokens.to(weight.device)), dim=-1)
 
 
 def patch_size(model: nn.Module) -> int:
@@ -315,7 +339,9 @@ def load_dino(name_or_path: str, device: str | torch.device = "cpu") -> DINOv2:
     if not path.is_file():
         raise data.DataError(f"{path}: no such DINOv2 file; give --dino a file or one of {list(DINO_SHA256)}")
     try:
-        model = dino_from_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        model = dino_from_state_dict(read_plain(path))
+        if path.parent != SHAPES_DIR and hashlib.sha256(path.read_bytes()).hexdigest() not in DINO_SHA256.values():
+            data.remark(f"{path}: not one of Meta's files by its hash; taken to be built like them (heads of 64)")
     except Exception as error:  # whatever a foreign file makes torch raise: say which file it was
         raise data.DataError(f"{path}: not a DINOv2 state dict under Meta's keys: {error}") from error
     return model.float().eval().requires_grad_(False).to(device)
@@ -323,6 +349,7 @@ def load_dino(name_or_path: str, device: str | torch.device = "cpu") -> DINOv2:
 
 def dino_from_state_dict(state: dict, heads: int | None = None) -> DINOv2:
     """The model that fits a state dict; its sizes are read off the tensors. Heads are width / 64 unless told."""
+    expect_names(state, "cls_token", "pos_embed", "patch_embed.proj.weight")
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     depth = sum(key.endswith("attn.qkv.weight") for key in state)
     grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
@@ -454,6 +481,8 @@ def demo_pictures(args: argparse.Namespace) -> tuple[data.DatasetInfo, list[data
 
     -> the classes and background words, and the pictures; those of one's own show all of --classes
     """
+    if paths := [word for word in args.classes or () if "/" in word or Path(word).suffix.lower() in data.picture_formats()]:
+        raise data.DataError(f"--classes {paths[0]}: a path among the words; name pictures first: cat.jpg --classes cat sofa")
     args.clip = args.clip or ("ViT-B/16" if args.images else "shapes")
     args.dino = args.dino or ("dinov2_vits14" if args.images else "shapes")
     info = data.DATASETS["shapes" if args.clip == "shapes" else "voc"]

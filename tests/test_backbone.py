@@ -221,3 +221,41 @@ def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
 def test_the_fingerprint_tells_two_backbones_apart():
     first, same, other = (backbone.dino_from_state_dict(small_dino(seed=s), heads=2) for s in (5, 5, 6))
     assert backbone.fingerprint(first) == backbone.fingerprint(same) != backbone.fingerprint(other)
+
+
+def test_weights_of_others_are_named_for_what_they_are(clip_state, tmp_path, capsys):
+    """OpenAI's names with other weights are read, and said not to be OpenAI's; other names say what was found and wanted."""
+    data.remark.cache_clear()
+    torch.save(clip_state, tmp_path / "like.pt")
+    backbone.load_clip(str(tmp_path / "like.pt"))
+    assert "like.pt: not one of OpenAI's files by its hash; taken to be built like them (QuickGELU" in capsys.readouterr().err
+    others = {"epoch": 3, "state_dict": clip_state}, {f"vision_model.{key}": x for key, x in clip_state.items()}, [1], 5
+    for number, other in enumerate(others):
+        torch.save(other, tmp_path / f"{number}.pt")
+        for load in (backbone.load_clip, backbone.load_dino):
+            with pytest.raises(data.DataError, match=rf"{number}\.pt: not a .* found (epoch|vision_model|a list|a int).* wanted"):
+                load(str(tmp_path / f"{number}.pt"))
+
+
+def test_a_file_that_could_run_code_is_refused_without_advice_to_run_it(tmp_path):
+    """torch's own text says how to load it all the same."""
+    torch.save({"x": tmp_path}, tmp_path / "evil.pt")  # a Path is made by a call
+    for load in (backbone.load_clip, backbone.load_dino):
+        with pytest.raises(data.DataError, match="evil.pt.*more than tensors") as caught:
+            load(str(tmp_path / "evil.pt"))
+        assert "weights_only" not in str(caught.value)
+
+
+def test_words_that_the_toy_has_never_read_are_named(capsys):
+    """It knows a zoo and a few grounds; for other words its maps are as confident, and mean nothing."""
+    data.remark.cache_clear()
+    toy = backbone.load_clip("shapes")
+    backbone.text_features(toy, ("cat", "sofa", "trebuchet"))
+    assert "never read, what it shows for them means nothing: sofa, trebuchet\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--classes", "cat", "sofa.jpg"], ["--classes", "pictures/cat"]])
+def test_a_path_among_the_words_is_refused(argv):
+    """`03_cam.py --classes cat sofa.jpg` takes the path for a word and would show a toy picture instead."""
+    with pytest.raises(data.DataError, match="a path among the words"):
+        backbone.demo_pictures(backbone.demo_options("").parse_args(argv))

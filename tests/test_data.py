@@ -201,7 +201,7 @@ def test_voc_test_has_neither_labels_nor_masks(voc):
 def test_coco_writes_masks_with_smaller_objects_on_top(coco):
     """Hand-drawn: a small toothbrush (id 90) on a large person (id 1); a crowd of stop signs, two columns wide (id 13
     but class 12, since there is no id 12)."""
-    data.write_coco_masks(data.DATASETS["coco"], coco, "val")
+    data.write_coco_masks(data.DATASETS["coco"], coco, "val", [])
     first, second = samples_of("coco", coco, "val")
     expected = np.zeros((12, 16), np.uint8)
     expected[2:10, 2:12] = 1
@@ -217,7 +217,7 @@ def test_coco_writes_masks_with_smaller_objects_on_top(coco):
 @pytest.mark.parametrize("layout", ["2017", "JPEGImages/val2014", "JPEGImages/val", "masks only"])
 def test_coco_layouts_give_the_same_labels(coco, layout):
     """Native 2014 and 2017, the VOC-style one, and no json but masks named as the released code names them."""
-    data.write_coco_masks(data.DATASETS["coco"], coco, "val")
+    data.write_coco_masks(data.DATASETS["coco"], coco, "val", [])
     if layout == "2017":
         (coco / "val2014").rename(coco / "val2017")
         for path in list((coco / "val2017").iterdir()):
@@ -607,7 +607,7 @@ def test_xml_in_an_encoding_that_hides_a_doctype_is_refused(tmp_path):
     (lambda c: c["images"][0].update(file_name="C:\\secret.jpg"), "leads out"),
     (lambda c: c["images"][0].update(file_name=5), "leads out"),
     (lambda c: c["categories"][3].update(name="unicorn"), "'unicorn'"),
-    (lambda c: c["annotations"][0].update(category_id=12), "KeyError"),
+    (lambda c: c["images"][0].pop("width"), "a wrong record of a picture, .*KeyError"),
     (lambda c: c["annotations"][0].update(image_id=[1]), "TypeError"),
     (lambda c: c["images"][0].update(height="tall"), "ValueError"),
     (lambda c: c.pop("images"), "KeyError"), (lambda c: c["categories"].clear(), "ValueError")])
@@ -624,11 +624,45 @@ def test_broken_and_hostile_json_is_refused(coco, change, message):
 @needs_pycocotools
 @pytest.mark.parametrize("segmentation", [
     {"counts": [12, 24, 10 ** 12], "size": [12, 16]}, {"counts": [-1, 193]}, {"counts": "compressed"}, None, {},
-    [[1e9, 1, 2, 2, 3, 3]], [[float("nan")] * 6], [[1, 2, 3]], [["a"] * 6]])
-def test_objects_that_cannot_be_drawn_are_refused(segmentation):
-    """Run lengths that do not fill the picture, corners at the end of the world: no memory is spent on them."""
-    with pytest.raises(data.DataError, match="x.json"):
-        data.coco_mask(12, 16, [(0, segmentation)], Path("x.json"))
+    {"counts": [48, 48, 96], "size": [16, 12]}, {"counts": [1.5, 190.5]}, {"counts": []}, {"counts": "\u00e9"}, {"counts": "o" * 99},
+    [[1e9, 1, 2, 2, 3, 3]], [[float("nan")] * 6], [[1, 2, 3]], [["a"] * 6], [[1, 2, 3, 4, 5, 6], 7]])
+def test_objects_that_cannot_be_drawn_are_named_with_their_picture(segmentation):
+    """Run lengths that do not fill the picture or are those of a turned one, corners at the end of the world: no memory is
+    spent on them, and nothing is written beyond a buffer."""
+    with pytest.raises(data.DataError, match="street: no mask is written, object 31 cannot be drawn"):
+        data.coco_mask(12, 16, [(0, segmentation, 31)], "street")
+
+
+@needs_pycocotools
+def test_compressed_run_lengths_are_read_as_pycocotools_reads_them():
+    """Random masks, as strings by the package that defines the form: many runs, long ones, and an empty mask."""
+    official, chance = pytest.importorskip("pycocotools.mask"), np.random.default_rng(0)
+    for size, share in (((12, 16), 0.5), ((300, 400), 0.001), ((40, 60), 0)):
+        mask = chance.random(size) < share
+        packed = official.encode(np.asfortranarray(mask.astype(np.uint8)))
+        found = data.object_mask({"size": list(size), "counts": packed["counts"].decode()}, *size)
+        np.testing.assert_array_equal(found, mask)
+
+
+@needs_pycocotools
+def test_one_odd_object_costs_its_picture_and_stops_no_other(coco, capsys):
+    """A stray click of two points draws nothing; a wrong object leaves its picture without a mask; objects of pictures that
+    were taken out are counted. Training reads the same json without a word."""
+    path = coco / "annotations/instances_val2014.json"
+    content = json.loads(path.read_text())
+    of_first, of_second = ([a for a in content["annotations"] if a["image_id"] == image["id"]] for image in content["images"][:2])
+    of_first[0]["id"] = 31
+    of_first[0]["segmentation"].append([12, 8, 30, 16])
+    of_second[0].update(segmentation={"counts": [1, 2]}, id=77)
+    content["annotations"].append(of_first[0] | {"id": 500, "image_id": 404})
+    path.write_text(json.dumps(content))
+    assert data.main(["coco", "--data-path", str(coco)]) == 1
+    printed = capsys.readouterr()
+    first, second = samples_of("coco", coco, "val")
+    assert Path(first.mask).name == "000000000007.png" and second.mask is None
+    assert f"{second.name}: no mask is written, object 77 cannot be drawn" in printed.out
+    assert f"{first.name}: object 31 or a part of it has no area" in printed.err
+    assert "not list are left out, 1: 500 of picture 404" in printed.err
 
 
 @pytest.mark.parametrize("table, message", [
@@ -691,7 +725,7 @@ def test_mutated_files_end_in_a_clean_error_or_a_result(voc, coco, tmp_path):
                (voc / "Annotations/a.xml", lambda: samples_of("voc", voc, "train")),
                (voc / "ImageSets/Segmentation/train.txt", lambda: samples_of("voc", voc, "train")),
                (coco / "annotations/instances_val2014.json",
-                lambda: data.write_coco_masks(data.DATASETS["coco"], coco, "val")),
+                lambda: data.write_coco_masks(data.DATASETS["coco"], coco, "val", [])),
                (folder / "labels.csv", own)]
     refused = 0
     for path, read in targets:
@@ -736,7 +770,7 @@ def test_check_counts_masks_that_contradict_the_label(voc, tmp_path, capsys):
     mask_file(voc / "SegmentationClassAug/c.png", [0, 15])
     data.main(["voc", "--data-path", str(tmp_path), "--check"])
     printed = capsys.readouterr().out
-    assert re.findall(r"other classes than the label in (\d)", printed) == ["0", "0", "1"]  # train_aug, train, val
+    assert re.findall(r"of (\d) masks, (\d) show other classes than the labels", printed) == [("3", "0"), ("1", "1")]
     assert "labels from xml (2), mask (1)" in printed
 
 
@@ -922,7 +956,7 @@ def test_two_records_for_one_thing_are_refused(coco, voc, tmp_path):
     content = json.loads(path.read_text())
     content["images"].append(content["images"][0] | {"id": 901})
     path.write_text(json.dumps(content))
-    with pytest.raises(data.DataError, match="two records of .*, one has the id 901"):
+    with pytest.raises(data.DataError, match="two records of .*, with the ids 7 and 901"):
         samples_of("coco", coco, "val")
     picture(voc / "JPEGImages/a.png")
     with pytest.raises(data.DataError, match="a.* and a.*: two files of one name"):
@@ -954,5 +988,75 @@ def test_coco_masks_from_before_the_json_are_written_anew(coco, capsys):
     assert "1 masks of val are older than the json" in capsys.readouterr().out
     data.main(["coco", "--data-path", str(coco)])
     assert mask.stat().st_mtime > 1
-    with pytest.raises(data.DataError, match="x.json: cannot draw an object .it has a box and no segmentation"):
-        data.coco_mask(12, 16, [(0, [])], Path("x.json"))
+    with pytest.raises(data.DataError, match="x: .* object 5 cannot be drawn .it has a box and no segmentation"):
+        data.coco_mask(12, 16, [(0, [], 5)], "x")
+
+
+def test_names_of_a_voc_list_may_hold_dots_and_spaces(voc):
+    """Exporters and screenshots: the whole line is a name if there is such a picture, else DeepLab's two columns."""
+    for name in ("street_jpg.rf.0a1b", "Screenshot 3 from above"):
+        picture(voc / f"JPEGImages/{name}.jpg")
+        xml_file(voc / f"Annotations/{name}.xml", "cat")
+    (voc / "ImageSets/Segmentation/train.txt").write_text(
+        "street_jpg.rf.0a1b\nScreenshot 3 from above\n/JPEGImages/a.jpg /SegmentationClassAug/a.png\nb.jpg\n")
+    (voc / "SegmentationClassAug/Thumbs.db").write_bytes(b"no mask")
+    picture(voc / "SegmentationClassAug/a.jpg")  # an overlay that somebody has put beside the masks
+    assert [s.name for s in samples_of("voc", voc, "train")] == ["street_jpg.rf.0a1b", "Screenshot 3 from above", "a", "b"]
+    assert [s.name for s in samples_of("voc", voc, "train_aug")] == ["a", "b", "d"]
+
+
+@pytest.mark.parametrize("text", ['<annotations><image name="a.jpg"><box label="cat"/></image></annotations>',
+                                  '<annotation xmlns="http://example.org/voc"><object><name>cat</name></object></annotation>'])
+def test_annotations_of_another_kind_are_no_pictures_without_objects(tmp_path, text):
+    """Else every picture would be one that shows nothing."""
+    (tmp_path / "x.xml").write_text(text)
+    with pytest.raises(data.DataError, match="x.xml: not an annotation of VOC's kind: it begins with <.*Pascal VOC"):
+        data.xml_labels(tmp_path / "x.xml", data.VOC_CLASSES)
+
+
+def test_check_names_what_a_picture_or_a_table_has_that_is_odd(tmp_path, capsys):
+    """Twelve bits in sixteen are all but black; background is no class; an empty split is said to be empty, in plain words."""
+    grey = (np.random.default_rng(0).random((12, 16)) * 4095).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "scan.png")
+    (tmp_path / "labels.csv").write_text("scan.png,Background;leaf\n")
+    assert data.main([str(tmp_path), "--check"]) == 1
+    printed = capsys.readouterr().out
+    assert "scan.png: no pixel is brighter than 16 of 255" in printed and "a class called background" in printed
+    assert "val        no images\n" in printed and "0 masks, " not in printed and "1 Background, 2 leaf and 255 void" in printed
+
+
+@pytest.mark.parametrize("table, message", [(b'a.png,"cat\n', "line 1.*unexpected end"), (b"a.png,c\x07at\n", r"'c\\x07at'"),
+                                            (b"a.png,Cat\nb.png,cat\n", "two classes that CLIP reads as cat")])
+def test_slips_of_the_keyboard_are_refused_by_name(tmp_path, table, message):
+    (tmp_path / "labels.csv").write_bytes(table)
+    with pytest.raises(data.DataError, match=message):
+        data.dataset_info(str(tmp_path))
+
+
+def test_a_folder_whose_name_is_no_text_is_named(tmp_path):
+    """Bytes of another encoding: Linux lets them pass, CLIP cannot read them."""
+    folder = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    try:
+        os.mkdir(folder)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    picture(Path(os.fsdecode(folder)) / "a.png")
+    done = subprocess.run([sys.executable, data.__file__, str(tmp_path), "--check"], capture_output=True, text=True)
+    assert done.returncode == 2 and "'caf\\udce9'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_share_of_the_sub_folders_is_kept_for_scoring(tmp_path, capsys):
+    """--val-share writes labels.csv, which everything else then reads; it overwrites none."""
+    for number in range(10):
+        picture(tmp_path / ("cat", "dog")[number % 2] / f"{number}.png")
+    assert data.main([str(tmp_path), "--val-share", "0.2"]) == 0
+    assert [len(own_samples(tmp_path, split)) for split in ("train", "val")] == [8, 2]
+    assert data.dataset_info(str(tmp_path)).classes == ("cat", "dog")
+    with pytest.raises(data.DataError, match="--val-share 0.2: wanted .* without labels.csv"):
+        data.main([str(tmp_path), "--val-share", "0.2"])
+
+
+def test_a_sheet_of_no_format_is_refused_before_the_work(tmp_path):
+    with pytest.raises(data.DataError, match="--sheet x.xyz.*png"):
+        data.main(["shapes", "--data-path", str(tmp_path / "never drawn"), "--sheet", "x.xyz"])
+    assert not (tmp_path / "never drawn").exists()
