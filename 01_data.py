@@ -25,12 +25,14 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import time
 import unicodedata
 import zlib
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from importlib import import_module
@@ -724,6 +726,51 @@ def draw_batches(start: int, stop: int, batch_size: int, rank: int = 0, world_si
     return [range(first, first + batch_size) for first in firsts]
 
 
+# ---------------------------------------------------------------- whatever is written
+
+def write_whole(path: str | Path, write) -> None:
+    """write(binary file) under a temporary name, flush to the disk, rename: whatever happens, `path` is whole, old or new.
+
+    Its folder is made if need be. Raises  DataError  with the path: a full disk, a folder that is closed to us
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, (OSError, RuntimeError)):  # torch's, when the disk is full
+            raise DataError(f"{path} could not be written ({error}); a file from before is intact. Free some space, or choose "
+                            "another --output-dir") from error
+        raise
+    for wait in (.1, .2, .3, .4, None):
+        try:
+            return os.replace(temporary, path)
+        except OSError as error:  # on Windows, as long as another program reads the old file
+            if wait is None:
+                raise DataError(f"{path} could not be replaced ({error}); the new file is kept as {temporary}. Close what "
+                                "reads the old one, then rename it") from error
+            time.sleep(wait)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """UTF-8, whole; names of files that are none keep their bytes as \\udc80, which json reads."""
+    write_whole(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+
+
+def save_picture(path: str | Path, image: Image.Image) -> None:
+    """In the format of the ending, whole."""
+    name = picture_formats().get(Path(path).suffix.lower())
+    if name not in Image.SAVE:
+        raise DataError(f"{path}: no ending of a picture that can be written; take .png")
+    write_whole(path, partial(image.save, format=name))
+
+
 # ---------------------------------------------------------------- pictures for people
 
 def colormap(n: int = 256) -> np.ndarray:
@@ -736,14 +783,10 @@ def colormap(n: int = 256) -> np.ndarray:
 
 
 def save_mask(path: str | Path, mask: np.ndarray) -> None:
-    """(H, W) uint8 -> a palette PNG: the values are the classes, the colours VOC's. Written whole or not at all, in a folder
-    that is made if need be."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    """(H, W) uint8 -> a palette PNG: the values are the classes, the colours VOC's."""
     image = Image.fromarray(np.asarray(mask, dtype=np.uint8)).convert("P")
     image.putpalette(colormap().ravel().tolist())
-    partial_file = Path(f"{path}.part")
-    image.save(partial_file, format="PNG")
-    os.replace(partial_file, path)
+    save_picture(path, image)
 
 
 @cache
@@ -1039,7 +1082,7 @@ def main(argv: list[str] | None = None) -> int:
         print("to be had: {} from {}".format(*FETCH[info.name]))
     print(f"{len(problems)} problems" if problems else "no problems")
     if args.sheet:
-        draw_sheet(info, root, "train").save(args.sheet)
+        save_picture(args.sheet, draw_sheet(info, root, "train"))
         print(f"wrote {args.sheet}")
     return int(bool(problems))
 

@@ -562,8 +562,7 @@ def main(argv: list[str] | None = None) -> int:
                                  "patches")
         print(f"{file.name}, {tuple(images.shape)}: {len(seen.tokens)} x tokens {tuple(seen.tokens[0].shape)}, maps "
               f"{tuple(seen.maps.shape)}, DINO's map {tuple(dino_map.shape)}; {seconds:.3f} s on {device}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draw_look(image, seen, dino_map, patch).save(target)
+        data.save_picture(target, draw_look(image, seen, dino_map, patch))
         print(target)
     return 0
 

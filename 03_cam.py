@@ -529,9 +529,8 @@ def main(argv: list[str] | None = None) -> int:
         labels = {"CAM": best_label(*stack_scores(enlarge(cams, size), pairs, 1))[0],
                   "refined": best_label(before, ids)[0], "pseudo label": best_label(scores, ids)[0]}
         captions = {stage: stage + score(label, truth, info.num_classes) for stage, label in labels.items()}
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draw_ladder(image, cams, transition, flow, scores, labels["pseudo label"], list(sample.labels), info.classes,
-                    captions).save(target)
+        data.save_picture(target, draw_ladder(image, cams, transition, flow, scores, labels["pseudo label"],
+                                              list(sample.labels), info.classes, captions))
         tqdm.write(f"{target}: " + ", ".join(f"{info.classes[c]} {100 * probs[0, c]:.0f} %" for c in sample.labels)
                    + "; " + "; ".join(captions.values()))
     return int(failed > 0)

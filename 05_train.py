@@ -202,7 +202,7 @@ def draw_preview(method, samples: list, amp: torch.dtype | None, path: Path) -> 
     method.model.train(was_training)
     heads, blank = list(dict.fromkeys(chain(*rows))), np.full((1, 1, 3), 255, np.uint8)  # a truth is missing here and there
     pictures = [row.get(head, blank) for row in rows for head in heads]
-    data.contact_sheet(pictures, heads * len(rows), columns=len(heads)).save(path)
+    data.save_picture(path, data.contact_sheet(pictures, heads * len(rows), columns=len(heads)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -239,21 +239,6 @@ def wanted_anywhere(stop: "StopRequest | None") -> bool:
     return stop is not None and sum_over_processes(torch.tensor(int(stop.requested))).item() > 0
 
 
-def write_atomically(path: Path, write) -> None:
-    """write(file) under a temporary name, flush to the disk, rename: whatever happens, `path` is whole, old or new."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
-        temporary.unlink(missing_ok=True)
-        raise data.DataError(f"{path} could not be written ({error}); the file from before is intact. Free some space, "
-                              "then continue with --resume") from error
-
-
 class Log:
     """A table in a CSV file, each row on the disk at once; a resumed run drops the rows that it will make again."""
 
@@ -266,7 +251,7 @@ class Log:
                 kept = [row for row in whole if int(row["step"]) <= last_step]
         self.path, self.board, self.columns = path, board, list(kept[0]) if kept else None
         rows = [self.columns, *(row.values() for row in kept)] if kept else []
-        write_atomically(path, lambda file: file.write("".join(map(self.line, rows)).encode()))
+        data.write_text(path, "".join(map(self.line, rows)))
         self.file = open(path, "a", newline="", encoding="utf-8")
 
     @staticmethod
@@ -331,9 +316,7 @@ def locked(folder: Path) -> bool:
 
 def open_output(output: Path, settings: dict, progress: dict) -> tuple[Log, Log]:
     """The folder of a run with args.json -> its log.csv and scores.csv, with the rows that `progress` has made already."""
-    (output / "preview").mkdir(parents=True, exist_ok=True)
-    text = json.dumps(settings, indent=1, ensure_ascii=False).encode()
-    write_atomically(output / "args.json", lambda file: file.write(text))
+    data.write_text(output / "args.json", json.dumps(settings, indent=1, ensure_ascii=False))
     try:
         from torch.utils.tensorboard import SummaryWriter  # optional: what is drawn there stands in the csv files too
         board = SummaryWriter(output, purge_step=progress["step"] + 1)
@@ -502,7 +485,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
         if rank == 0:
             checkpoint = {**identity, "command": told, "config": asdict(cfg), **progress, "model": model.state_dict(),
                           "optimizer": optimizer.state_dict()}
-            write_atomically(output / name, partial(torch.save, checkpoint))
+            data.write_whole(output / name, partial(torch.save, checkpoint))
 
     def look_back(step: int) -> float:
         """The panel of a step -> seconds that it took, per picture."""
@@ -530,7 +513,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
             if rank == 0:
                 score_log.write(step=step, **{rung: f"{100 * result[rung]['miou']:.2f}" if rung in result else ""
                                               for rung in all_rungs(method)})
-                draw_curves(output).save(output / "preview" / "curves.png")
+                data.save_picture(output / "preview" / "curves.png", draw_curves(output))
             save("last.pt")
             note = cam.without_truth(result, info)
             say(f"mIoU at step {step}: " + "   ".join(f"{r} {100 * s['miou']:.1f}" for r, s in result.items())
@@ -583,7 +566,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
         if done == cfg.max_iters or done % cfg.eval_every == 0 or done % SAVE_EVERY == 0:
             save("last.pt")
             if rank == 0:
-                draw_curves(output).save(output / "preview" / "curves.png")
+                data.save_picture(output / "preview" / "curves.png", draw_curves(output))
     save("last.pt")
     say(f"stopped after step {progress['step']}; go on with:\n    {data.command(HERE / '05_train.py', '--resume', output)}")
     return 128 + stop.signal if stop.signal else 0

@@ -133,7 +133,7 @@ def segment_pictures(method, args: argparse.Namespace) -> int:
         mask = list(found.labels.values())[-1].numpy()
         data.save_mask(prediction, mask)
         side = min(OVERLAY_SIDES[1], max(OVERLAY_SIDES[0], *mask.shape))
-        Image.fromarray(data.overlay(found.image, mask, info.classes, side)).save(overlay)
+        data.save_picture(overlay, Image.fromarray(data.overlay(found.image, mask, info.classes, side)))
         shares = np.bincount(mask.ravel(), minlength=info.num_classes)[1:] / mask.size
         seen = [f"{info.classes[c]} {shares[c]:.1%}" for c in np.argsort(-shares) if shares[c]]
         tqdm.write(f"{sample.image} -> {prediction}: {', '.join(seen) or 'background only'}")
@@ -172,7 +172,6 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
                               "scales": list(args.scales), **{key: getattr(args, key) for key in (
                                   "flip", "crf", "par", "with_labels")}, "amp": str(args.amp)})
     folders = {rung: output / rung.replace(" ", "_") for rung in method.rungs if args.cams}
-    (output / "predictions").mkdir(parents=True, exist_ok=True)
     summary = data.describe(samples)
     print(f"{args.split} of {info.name}: {summary} -> {output}", flush=True)
 
@@ -204,7 +203,7 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
                   "unusable": failed, "samples": summary, "scales": args.scales, "flip": args.flip, "crf": args.crf,
                   "par": args.par, "with_labels": args.with_labels,
                   "amp": str(args.amp) if args.amp else None, "rungs": result, "training": trained}
-        (output / "scores.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        data.write_text(output / "scores.json", json.dumps(report, indent=1, ensure_ascii=False))
     else:
         print("nothing is scored: no picture that could be used has a mask")
     if args.submit and failed:
@@ -220,8 +219,7 @@ def keep_to_settings(output: Path, settings: dict) -> None:
     if path.exists() and (before := json.loads(data.read_text(path))) != settings:
         changed = ", ".join(f"{key} {before.get(key)}" for key in settings if before.get(key) != settings[key])
         raise data.DataError(f"{output} holds predictions that were made otherwise ({changed}); choose another --output-dir")
-    output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings), encoding="utf-8")
+    data.write_text(path, json.dumps(settings))
 
 
 def describe(args: argparse.Namespace, cfg) -> str:
@@ -233,14 +231,15 @@ def describe(args: argparse.Namespace, cfg) -> str:
 
 def write_submission(path: str, folder: Path, names: list[str]) -> None:
     """Predictions as the VOC server wants them, in a .tgz that does not say who made it. Whole or not at all."""
-    unfinished = f"{path}.part"
-    with tarfile.open(unfinished, "w:gz") as archive:
-        for name in names:
-            member = tarfile.TarInfo(f"{VOC_FOLDER}/{name}.png")
-            member.size = (folder / f"{name}.png").stat().st_size
-            with open(folder / f"{name}.png", "rb") as file:
-                archive.addfile(member, file)
-    os.replace(unfinished, path)
+    def pack(file) -> None:
+        with tarfile.open(fileobj=file, mode="w:gz") as archive:
+            for name in names:
+                member = tarfile.TarInfo(f"{VOC_FOLDER}/{name}.png")
+                member.size = (folder / f"{name}.png").stat().st_size
+                with open(folder / f"{name}.png", "rb") as picture:
+                    archive.addfile(member, picture)
+
+    data.write_whole(path, pack)
     print(f"{len(names)} predictions for the VOC server are in {path}")
 
 

@@ -111,9 +111,7 @@ class Progress:
 
     def save(self) -> None:
         matrices = {rung: matrix.tolist() for rung, matrix in self.matrices.items()}
-        temporary = self.path.with_suffix(".part")
-        temporary.write_text(json.dumps({"settings": self.settings, "done": self.done, "matrices": matrices}), encoding="utf-8")
-        os.replace(temporary, self.path)
+        data.write_text(self.path, json.dumps({"settings": self.settings, "done": self.done, "matrices": matrices}))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

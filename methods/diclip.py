@@ -53,6 +53,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -616,7 +617,6 @@ def made_cache(method: DiCLIP, samples: list, output: str | None = None) -> Path
     name = f"{info.name}-diclip-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}.pt"
     path = Path(output or Path("runs") / "cache" / name)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         keys, values = centres(*gathered(method, chosen, settings, path.with_suffix(".part")), info, cfg)
         write(path, {"keys": keys, "values": values, "classes": list(info.classes), "clip": clip, "settings": settings})
         path.with_suffix(".part").unlink(missing_ok=True)
@@ -670,9 +670,9 @@ def centres(points: torch.Tensor, of: torch.Tensor, info, cfg: DiCLIPConfig) -> 
 
 
 def write(path: Path, content: dict) -> None:
-    """Whole, or as it was before."""
+    """Whole, or as it was before; another process may make the same."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    torch.save(content, temporary)
+    data.write_whole(temporary, partial(torch.save, content))
     os.replace(temporary, path)
 
 

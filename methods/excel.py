@@ -545,8 +545,7 @@ def beside_clip_es(args: argparse.Namespace, options: dict) -> int:
             pictures |= {f"{name}: {rung}": cam.paint(image, maps, ids, info.classes) for rung, maps in found.maps.items()}
             label = found.labels["pseudo label"].cpu().numpy()
             pictures[f"{name}: label"] = data.overlay(image, label, info.classes)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        data.contact_sheet(list(pictures.values()), list(pictures), columns=4).save(target)
+        data.save_picture(target, data.contact_sheet(list(pictures.values()), list(pictures), columns=4))
         tqdm.write(str(target))
     return failed
 

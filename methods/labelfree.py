@@ -339,8 +339,7 @@ KNOWN = ("names only", "names + image labels")
 def draw(image: np.ndarray, maps: dict[str, list[torch.Tensor]], target: Path, classes: tuple[str, ...]) -> None:
     """The picture, and a panel for each row."""
     panels = {"image": image} | {name: data.overlay(image, label.numpy(), classes) for name, [label] in maps.items()}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    data.contact_sheet(list(panels.values()), list(panels), min(4, len(panels)), side=360).save(target)
+    data.save_picture(target, data.contact_sheet(list(panels.values()), list(panels), min(4, len(panels)), side=360))
     tqdm.write(str(target))
 
 
