@@ -468,7 +468,7 @@ def read_coco_json(path: Path, classes: tuple[str, ...], problems: list[str]) ->
         try:
             name = coco_name(Path(safe_name(image["file_name"], path)).stem)
             new = int(image["height"]), int(image["width"]), objects[image["id"]], image["id"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{path}: a wrong record of a picture, {image!r:.100} ({type(error).__name__}: {error})") from error
         if (other := records.setdefault(name, new)) is not new:
             raise DataError(f"{path}: two records of {image['file_name']}, with the ids {other[3]} and {new[3]}; make them one")
@@ -554,7 +554,7 @@ def divide(root: Path, share: float) -> None:
         raise DataError(f"--val-share {share}: wanted a share between 0 and 1, and {root} without labels.csv (its third column may "
                         "say val) and without val/")
     kept = np.random.default_rng(0).permutation(len(rows)) < share * len(rows)
-    with open(table, "w", newline="", encoding="utf-8") as file:
+    with open(table, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         csv.writer(file).writerows((name, ";".join(names), "val" if val else "train") for (name, names, _), val in zip(rows, kept))
     print(f"wrote {table}: {kept.sum()} of {len(rows)} pictures are val")
 
@@ -997,7 +997,7 @@ def report(info: DatasetInfo, root: Path, thorough: bool) -> list[str]:
             if old:
                 problems.append(f"{len(old)} masks of {split} are older than the json; `python 01_data.py coco` writes them anew")
     if info.name == "folder":
-        rest = left_out((path for path in root.rglob("*") if path.is_file() and str(path) not in used and not any(
+        rest = left_out((path for path in root.rglob("*") if not path.is_dir() and str(path) not in used and not any(
             part[0] == "." or part == "predictions" for part in path.relative_to(root).parts)), root)
         if rest:
             problems.append(f"left out: {rest}; wanted pictures that are listed, ending in {', '.join(sorted(picture_formats()))}; "
@@ -1067,7 +1067,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.sheet and Path(args.sheet).suffix.lower() not in picture_formats():
         raise DataError(f"--sheet {args.sheet}: no picture's name; wanted one ending in .png or .jpg")
     root = find_root(args.dataset, args.data_path)
-    if args.val_share:
+    if args.val_share is not None:
         divide(root, args.val_share)
     info = dataset_info(args.dataset)
     print(f"{info.name} in {root}; masks have 0 background, "
