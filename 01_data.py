@@ -733,8 +733,8 @@ def write_whole(path: str | Path, write) -> None:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, (OSError, RuntimeError)):  # torch's, when the disk is full
-            raise DataError(f"{path} could not be written ({error}); a file from before is intact. Free some space, or "
-                            "choose another --output-dir") from error
+            raise DataError(f"{path} could not be written ({getattr(error, 'strerror', '') or error}); a file from before is "
+                            "intact. Free some space, or choose another --output-dir or a shorter name") from error
         raise
     for wait in (.1, .2, .3, .4, None):
         try:

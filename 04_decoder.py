@@ -294,6 +294,8 @@ class Config:
                 if isinstance(number, (int, float)) and not (0 <= number <= most and (number or not positive)):
                     raise data.DataError(f"{option} {number!s:.40}: wanted a number "
                                          f"{'above 0' if positive else 'that is not negative'}, at most {most:g}")
+        if self.scale_range[0] > self.scale_range[1]:
+            raise data.DataError("--scale-range {} {}: wanted the smaller one first".format(*self.scale_range))
         if self.decay not in ("linear", "cosine"):
             raise data.DataError(f"--decay {self.decay}: wanted linear or cosine")
 
@@ -627,7 +629,10 @@ def add_row_options(parser: argparse.ArgumentParser, config: type[Config], leave
 
 def none_or(kind: type, text: str):
     """The word `none`, or a number."""
-    return None if text == "none" else kind(text)
+    try:
+        return None if text == "none" else kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted none, or a number ({kind.__name__})") from None
 
 
 def chosen_options(args: argparse.Namespace, names: list[str]) -> dict:
