@@ -20,6 +20,7 @@ import csv
 import itertools
 import json
 import os
+import pickle
 import re
 import shlex
 import subprocess
@@ -325,6 +326,22 @@ def gather(read, items: list, problems: list[str]) -> list:
     return results
 
 
+def attempt(work, items: Iterable) -> int:
+    """work(item) for each. A DataError is told at once and costs its item only. -> how many"""
+    failed = 0
+    for item in tqdm(items, disable=None):
+        try:
+            work(item)
+        except DataError as error:
+            complain(error)
+            failed += 1
+    return failed
+
+
+def complain(error: Exception | str) -> None:
+    tqdm.write(f"error: {error}", file=sys.stderr)
+
+
 def join_samples(info: DatasetInfo, split: str, root: Path, names: list[str], pictures: dict[str, Path],
                  masks: dict[str, Path], read_labels, source: str, problems: list[str]) -> list[Sample]:
     """What all loaders end with: name by name, the picture, its mask and its labels.
@@ -366,6 +383,14 @@ def files_by_stem(folder: Path, suffixes: Iterable[str] | None = None) -> dict[s
 def nfc(text: str) -> str:
     """Accents as one letter: a Mac writes them as two in the names of files."""
     return unicodedata.normalize("NFC", text)
+
+
+def load_tensors(path: str | Path):
+    """What torch.save has written: tensors and plain values. Nothing in the file is ever executed."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch would advise to trust it
+        raise ValueError("it holds more than tensors and plain values, or is damaged") from error
 
 
 def read_text(path: Path) -> str:
@@ -716,14 +741,15 @@ class TrainDataset(Dataset):
         return as_item(sample, *pair, self.num_classes) | {"broken": broken}
 
 
-def draw_batches(start: int, stop: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[range]:
+def draw_batches(start: int, stop: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterable[range]:
     """The draws of each step from `start` to `stop`, for this process: a `batch_sampler` for TrainDataset.
 
     Step s of the run takes the draws s B .. (s+1) B - 1 with B = batch_size * world_size, process r the r-th batch_size
     of them: two processes with 2 images see in each step what one process with 4 sees.
     """
-    firsts = [(step * world_size + rank) * batch_size for step in range(start, stop)]
-    return [range(first, first + batch_size) for first in firsts]
+    for step in range(start, stop):
+        first = (step * world_size + rank) * batch_size
+        yield range(first, first + batch_size)
 
 
 # ---------------------------------------------------------------- whatever is written
@@ -745,8 +771,8 @@ def write_whole(path: str | Path, write) -> None:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, (OSError, RuntimeError)):  # torch's, when the disk is full
-            raise DataError(f"{path} could not be written ({error}); a file from before is intact. Free some space, or choose "
-                            "another --output-dir") from error
+            raise DataError(f"{path} could not be written ({getattr(error, 'strerror', '') or error}); a file from before is "
+                            "intact. Free some space, or choose another --output-dir or a shorter name") from error
         raise
     for wait in (.1, .2, .3, .4, None):
         try:
@@ -1022,16 +1048,17 @@ def draw_sheet(info: DatasetInfo, root: Path, split: str) -> Image.Image:
     return contact_sheet(pictures, captions, columns=6)
 
 
-def count(text: str) -> int:
-    """The type of an option: 1, 2, 3, ..."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def natural(text: str) -> int:
+def natural(text: str, least: int = 0, most: int = 10**9) -> int:
     """The type of an option: 0, 1, 2, ..."""
-    return count(text) if int(text) else 0
+    try:
+        if least <= int(text) <= most:
+            return int(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text[:40]!r}: wanted a whole number from {least} to {most}")
+
+
+count = partial(natural, least=1)  # 1, 2, 3, ...
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -1096,15 +1123,31 @@ def command(*words) -> str:
 
 def run(main) -> None:
     """How each of the six files ends: bad input is one clear message and exit status 2, Ctrl-C is quiet."""
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to stop
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to stop
     try:
         sys.exit(main())
-    except (DataError, OSError) as error:  # a loader worker's error comes wrapped in its traceback: the end is ours
-        print(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}", file=sys.stderr)
+    except Exception as error:
+        if out_of_memory(error):
+            text = f"{OUT_OF_MEMORY} ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        elif isinstance(error, (DataError, OSError)):  # a loader worker's comes wrapped in its traceback: the end is ours
+            text = str(error).rsplit("DataError: ", 1)[-1].strip()
+        else:
+            raise
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+OUT_OF_MEMORY = "not enough memory; take a smaller --long-side, --crop-size or -b, or fewer processes with -j"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Numpy and Pillow have a type for it; torch has words, others on each device."""
+    words = re.compile("out of memory|can(no|')t allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
+    return isinstance(error, MemoryError) or (not isinstance(error, DataError) and bool(words.search(str(error))))
 
 
 if __name__ == "__main__":

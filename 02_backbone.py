@@ -21,6 +21,7 @@ import urllib.error
 import warnings
 import zipfile
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -410,7 +411,7 @@ def choose_device(wanted: str | None = None) -> torch.device:
     """The device asked for, else the GPU if there is one. Raises data.DataError where it cannot be used."""
     try:
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # of `meta` there is none
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of these
         reason = str(error).splitlines()[0]
@@ -470,7 +471,8 @@ def demo_options(text: str) -> data.CommandLine:
     p.add_argument("--index", type=data.natural, metavar="N", default=0, help="which of the validation pictures of `shapes`")
     p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 for your pictures, the toy for `shapes`")
     p.add_argument("--dino", metavar="NAME|FILE", help="default: dinov2_vits14 for your pictures, the toy for `shapes`")
-    p.add_argument("--long-side", type=data.count, metavar="N", help="pixels the network sees (default: 512; with the toy 112)")
+    p.add_argument("--long-side", type=partial(data.count, most=8192), metavar="N",
+                   help="pixels the network sees (default: 512; with the toy 112)")
     p.add_argument("--output-dir", "--out", metavar="DIR", help="where pictures go (default: predictions/ beside yours)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     return p
@@ -551,7 +553,9 @@ def main(argv: list[str] | None = None) -> int:
           f"{len(info.background)} background words\n"
           f"DINOv2 {args.dino}: {len(dino.blocks)} blocks, patch {dino.patch}, {dino.registers} registers; {describe_size(dino)}")
     files = [Path(sample.image) for sample in samples]
-    for file, [target] in zip(files, result_files(files, args.output_dir, ("_look.png",))):
+
+    def show(file_and_targets) -> None:
+        file, [target] = file_and_targets
         image = data.load_image(file, as_displayed=True)
         images, start = at_long_side(data.normalize(image), args.long_side, side).to(device), time.perf_counter()
         seen, dino_map = look(clip_model, images, len(blocks) - 1), dino_features(dino, images)
@@ -564,7 +568,8 @@ def main(argv: list[str] | None = None) -> int:
               f"{tuple(seen.maps.shape)}, DINO's map {tuple(dino_map.shape)}; {seconds:.3f} s on {device}")
         data.save_picture(target, draw_look(image, seen, dino_map, patch))
         print(target)
-    return 0
+
+    return int(data.attempt(show, list(zip(files, result_files(files, args.output_dir, ("_look.png",))))) > 0)
 
 
 if __name__ == "__main__":

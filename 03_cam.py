@@ -503,17 +503,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.images and not args.classes:
         raise data.DataError("which words shall light up? Name what the pictures show: --classes cat sofa")
     (info, samples), device = backbone.demo_pictures(args), backbone.choose_device(args.device)
-    model, failed = backbone.load_clip(args.clip, device), 0
+    model = backbone.load_clip(args.clip, device)
     texts = [backbone.text_features(model, names) for names in (info.prompts, info.background)]
     files = [Path(sample.image) for sample in samples]
-    for sample, [target] in zip(tqdm(samples, disable=None), backbone.result_files(files, args.output_dir, ("_cam.png",))):
-        try:
-            image = data.load_image(sample.image, as_displayed=True)
-            truth = data.load_mask(sample.mask, info.num_classes, image.shape[:2]) if sample.mask else None
-        except data.DataError as error:
-            tqdm.write(f"error: {error}", file=sys.stderr)
-            failed += 1
-            continue
+
+    def show(sample_and_targets) -> None:
+        sample, [target] = sample_and_targets
+        image = data.load_image(sample.image, as_displayed=True)
+        truth = data.load_mask(sample.mask, info.num_classes, image.shape[:2]) if sample.mask else None
         image = data.rescale(image, min(1, args.long_side / max(image.shape[:2]))) if truth is None else image
         size, pairs = image.shape[:2], torch.tensor([(0, label) for label in sample.labels])
         images = backbone.at_long_side(data.normalize(image).to(device), args.long_side, backbone.patch_size(model))
@@ -533,7 +530,8 @@ def main(argv: list[str] | None = None) -> int:
                                               list(sample.labels), info.classes, captions))
         tqdm.write(f"{target}: " + ", ".join(f"{info.classes[c]} {100 * probs[0, c]:.0f} %" for c in sample.labels)
                    + "; " + "; ".join(captions.values()))
-    return int(failed > 0)
+
+    return int(data.attempt(show, list(zip(samples, backbone.result_files(files, args.output_dir, ("_cam.png",))))) > 0)
 
 
 if __name__ == "__main__":

@@ -242,7 +242,23 @@ def self_labels(labels: torch.Tensor, logits: torch.Tensor, above: float) -> tor
 
 
 ABOVE_ZERO = ("max_iters", "batch_size", "lr", "crop_size", "scale_range", "eval_every", "eval_images", "long_side", "scales",
-              "depth", "logit_scale_divisor", "static_maps", "dynamic_maps", "fuse_blocks")
+              "depth", "logit_scale_divisor", "static_maps", "dynamic_maps", "fuse_blocks", "crf_gaussian", "crf_bilateral")
+AT_MOST = {"lr": 1e3, "crop_size": 8192, "long_side": 8192, "depth": 64, "scales": 16, "scale_range": 16}  # others 10**9
+
+
+def fits(value, kind) -> bool:
+    """Is it of that type, strictly? True is no number, but 1 is a float. A dict of types: each entry fits its own."""
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(fits(value.get(key), wanted) for key, wanted in kind.items())
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin is types.UnionType:
+        return any(fits(value, one) for one in inner)
+    if not isinstance(value, (int, float) if kind is float else origin) or isinstance(value, bool) != (kind is bool):
+        return False
+    if origin is dict and inner:
+        return fits([*value], list[inner[0]]) and fits([*value.values()], list[inner[1]])
+    inner = inner[:1] * max(1, len(value)) if origin is list or ... in inner else inner  # an empty one fits nothing
+    return origin not in (list, tuple) or (len(value) == len(inner) and all(map(fits, value, inner)))
 
 
 @dataclass(frozen=True)
@@ -269,12 +285,17 @@ class Config:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
+            value, option = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
+            if not fits(value, field.type):
+                wanted = field.type if get_args(field.type) else field.type.__name__
+                raise data.DataError(f"{option} {value!r:.99}: wanted {wanted}")
+            most, positive = AT_MOST.get(field.name, 10**9), field.name in ABOVE_ZERO
             for number in value if isinstance(value, tuple) else (value,):
-                wrong = isinstance(number, (int, float)) and not 0 <= number < math.inf
-                if wrong or (number == 0 and field.name in ABOVE_ZERO):
-                    raise data.DataError(f"--{field.name.replace('_', '-')} {number}: wanted a number "
-                                         f"{'above 0' if field.name in ABOVE_ZERO else 'that is not negative'}")
+                if isinstance(number, (int, float)) and not (0 <= number <= most and (number or not positive)):
+                    raise data.DataError(f"{option} {number!s:.40}: wanted a number "
+                                         f"{'above 0' if positive else 'that is not negative'}, at most {most:g}")
+        if self.scale_range[0] > self.scale_range[1]:
+            raise data.DataError("--scale-range {} {}: wanted the smaller one first".format(*self.scale_range))
         if self.decay not in ("linear", "cosine"):
             raise data.DataError(f"--decay {self.decay}: wanted linear or cosine")
 
@@ -347,10 +368,17 @@ class WeCLIP:
         self.network = self.model  # 05_train puts DistributedDataParallel around it
         self.text_fg, self.text_bg = self.texts()
 
+    def fused_blocks(self) -> int:
+        """How many blocks of CLIP does the decoder read? Raises data.DataError if it has fewer, or none for the CAM."""
+        blocks, cfg = len(self.clip.visual.transformer.resblocks) - 1, self.cfg
+        if max(cfg.fuse_blocks or 1, cfg.cam_skip + 1) > blocks:
+            raise data.DataError(f"--fuse-blocks {cfg.fuse_blocks}, --cam-skip {cfg.cam_skip}: {cfg.clip} has {blocks} "
+                                 "blocks before its last; take fewer")
+        return cfg.fuse_blocks or blocks
+
     def build(self, state: dict | None = None) -> nn.Module:
         """The trained part: forward(seen) -> Prediction. Its state dict is the checkpoint."""
-        blocks = self.cfg.fuse_blocks or len(self.clip.visual.transformer.resblocks) - 1
-        return Head(self.info.num_classes, self.clip.visual.conv1.out_channels, blocks, self.cfg.depth)
+        return Head(self.info.num_classes, self.clip.visual.conv1.out_channels, self.fused_blocks(), self.cfg.depth)
 
     def texts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """-> (C-1, E) of the classes, (n_bg, E) of the background words, unit norm."""
@@ -517,9 +545,8 @@ class WeCLIPPlus(WeCLIP):
         return super().suited(replace(cfg, depth=5) if frozen["dino"].norm.weight.numel() == 1024 else cfg, frozen)
 
     def build(self, state=None):
-        blocks = self.cfg.fuse_blocks or len(self.clip.visual.transformer.resblocks) - 1
         return TwoBranches(self.info.num_classes, self.clip.visual.conv1.out_channels, self.frozen["dino"].norm.weight.numel(),
-                           blocks, self.cfg.depth)
+                           self.fused_blocks(), self.cfg.depth)
 
     def look(self, images, for_labels, step=None, amp=None):
         dino_map = backbone.dino_features(self.frozen["dino"], images, amp)
@@ -602,7 +629,10 @@ def add_row_options(parser: argparse.ArgumentParser, config: type[Config], leave
 
 def none_or(kind: type, text: str):
     """The word `none`, or a number."""
-    return None if text == "none" else kind(text)
+    try:
+        return None if text == "none" else kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted none, or a number ({kind.__name__})") from None
 
 
 def chosen_options(args: argparse.Namespace, names: list[str]) -> dict:
@@ -616,8 +646,12 @@ def chosen_options(args: argparse.Namespace, names: list[str]) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-CHECKPOINT = {"step": int, "model": dict, "config": dict, "method": str, "dataset": str, "classes": list, "prompts": list,
-              "background": list, "frozen": dict}  # what 06 needs; 05 needs some more
+CHECKPOINT = {"step": int, "model": dict[str, torch.Tensor], "config": dict, "method": str, "dataset": str,
+              "classes": list[str], "prompts": list[str], "background": list[str], "frozen": dict[str, dict[str, str]]}  # for 06
+TOLD = {"dataset": str, "data_path": str | None, "masks": str | None, "split": str | None, "background": list[str] | None,
+        "seed": int, "amp": bool}
+TO_GO_ON = {"evaluated": int, "best": float, "optimizer": {"state": dict}, "split": str, "masks": str | None, "seed": int,
+            "amp": bool, "samples": str, "command": TOLD}  # for 05 --resume
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -630,7 +664,7 @@ def read_checkpoint(path: str | Path) -> dict:
             damaged = archive.testzip()  # torch itself does not compare the check sums
         if damaged is not None:
             raise ValueError(f"the check sum of {damaged} differs")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = data.load_tensors(path)
     except FileNotFoundError:
         raise data.DataError(f"{path}: no such checkpoint; 05_train.py makes them") from None
     except Exception as error:  # whatever zipfile and torch raise on a foreign or truncated file
@@ -638,10 +672,29 @@ def read_checkpoint(path: str | Path) -> dict:
     entries = checkpoint if isinstance(checkpoint, dict) else {}
     if "config" in entries and "frozen" not in entries:
         raise data.DataError(f"{path}: made by an earlier version of this project; use it with that version, or train again")
-    wrong = [key for key, kind in CHECKPOINT.items() if key not in entries or not isinstance(entries[key], kind)]
+    found = method_class(entries["method"]) if fits(entries.get("method"), str) else None
+    wrong = [key for key, kind in (CHECKPOINT | TO_GO_ON).items()
+             if (key in entries or key in CHECKPOINT) and not fits(entries.get(key), kind)]
     if wrong:
         raise data.DataError(f"{path}: not a checkpoint of 05_train.py: {', '.join(wrong)} missing or of another type")
+    step, seed = entries["step"], entries.get("command", entries).get("seed", 0)
+    possible = {"step": 0 <= step <= 10**9, "evaluated": -1 <= entries.get("evaluated", 0) <= step,
+                "seed": 0 <= seed <= 10**9, "best": -1 <= entries.get("best", 0) <= 1,
+                "dataset": entries["dataset"] in data.SPLITS,
+                "classes": len(entries["classes"]) == len(entries["prompts"]) < data.IGNORE_INDEX}
+    if not all(possible.values()):
+        wrong = ", ".join(key for key, fine in possible.items() if not fine)
+        raise data.DataError(f"{path}: not a checkpoint of 05_train.py: {wrong} cannot be so")
+    try:
+        type(found.rows["voc"])(**entries["config"])
+    except (TypeError, ValueError, data.DataError) as error:
+        raise data.DataError(f"{path}: its config cannot be used ({error})") from error
     return checkpoint
+
+
+def finite(model: nn.Module) -> bool:
+    """Are all of its weights numbers?"""
+    return all(weight.isfinite().all() for weight in model.parameters())
 
 
 def frozen_names(cfg: Config, frozen: dict[str, nn.Module]) -> dict[str, dict]:
@@ -666,7 +719,11 @@ def restore(checkpoint: dict, path: str | Path, options: dict, device) -> WeCLIP
                 raise data.DataError(f"{path}: trained on another {what} than {ours['name']} ({ours['fingerprint']}): on "
                                      f"{theirs.get('name')} ({theirs.get('fingerprint')}); give that one with --{what}")
         method = found(cfg, info, frozen, checkpoint["model"])
+        if not finite(method.model):
+            raise ValueError("some are not finite")
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # a foreign file makes torch raise these
+        if data.out_of_memory(error):
+            raise
         raise data.DataError(f"{path}: its weights do not fit its own config and backbones ({error})") from error
     method.model.eval()
     return method
@@ -690,7 +747,8 @@ def main(argv: list[str] | None = None) -> int:
     names = {field.name for field in fields(type(method_class(args.method).rows["voc"]))}
     options = {name: getattr(args, name) for name in ("clip", "dino", "long_side") if name in names}
     method = new_method(args.method, info, options, backbone.choose_device(args.device))
-    for sample in samples:
+
+    def show(sample) -> None:
         image = data.load_image(sample.image, as_displayed=True)
         images = method.network_image(data.normalize(image).to(method.device))
         pairs = torch.tensor([(0, label) for label in sample.labels])
@@ -704,9 +762,11 @@ def main(argv: list[str] | None = None) -> int:
                               **prediction._asdict(), **found._asdict()}.items():
             print(f"  {stage:20} {tuple(tensor.shape)}")
         print("  losses of the untrained decoder: " + ", ".join(f"{part} {float(loss):.3f}" for part, loss in losses.items()))
+
+    failed = data.attempt(show, samples)
     for part, module in method.model.named_children():
         print(f"{part:24} {sum(p.numel() for p in module.parameters()):>9,} parameters")
-    return 0
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ A step: images -> frozen tokens, attention -> prediction -> CAM -> refined -> ps
 """
 import argparse
 import csv
-import io
 import json
 import math
 import os
@@ -59,8 +58,7 @@ ENDINGS = {  # what torch says when something outside of the run has ended it ->
     "DataLoader worker": "a loader process died; if memory ran out, take fewer with -j",
     "DataLoader timed out": "no loader process has given a batch for ten minutes; -j 0 does without them",
     "gloo": "another process of the run has ended or cannot be reached, its own message says why",
-    "NCCL": "another process of the run has ended or cannot be reached, its own message says why",
-    "out of memory": "the device has not enough memory; take a smaller -b"}
+    "NCCL": "another process of the run has ended or cannot be reached, its own message says why"}
 CURVE_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: safe for the colour-blind
 LOCKS = []  # of the folders that are ours
 MULTI_PAR = "multi-scale + PAR"  # not the papers', who use a dense CRF, which needs a compiler
@@ -211,14 +209,29 @@ def draw_preview(method, samples: list, amp: torch.dtype | None, path: Path) -> 
 
 
 def start_processes(wanted: str | None) -> torch.device:
-    """This process' device; under torchrun also the process group: nccl between GPUs, gloo for what is on the CPU."""
-    if "RANK" in os.environ and (wanted or "cuda").startswith("cuda") and torch.cuda.is_available():
-        wanted = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = backbone.choose_device(wanted)
-    if "RANK" in os.environ:
-        if device.type == "cuda":
+    """This process' device; under torchrun also the process group: nccl between GPUs, gloo for what is on the CPU.
+
+    Raises  data.DataError  where the environment is that of no torchrun, or the processes cannot meet
+    """
+    if "RANK" not in os.environ:
+        return backbone.choose_device(wanted)
+    told = {name: os.environ.get(name) for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    if lacking := [name for name, value in told.items() if not value]:
+        raise data.DataError(f"the environment has RANK, but not {', '.join(lacking)}: is it left over? One process needs "
+                             "none of them (`unset RANK`); several are started by torchrun, which sets them all")
+    gpus = torch.cuda.device_count() if (wanted or "cuda").startswith("cuda") else 0
+    if gpus and told["LOCAL_RANK"] not in map(str, range(gpus)):
+        raise data.DataError(f"LOCAL_RANK is {told['LOCAL_RANK']}, and this machine has {gpus} GPUs; take "
+                             f"--nproc_per_node={gpus} at most")
+    device = backbone.choose_device(f"cuda:{told['LOCAL_RANK']}" if gpus else wanted)
+    try:
+        if gpus:
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise data.DataError(f"the processes of the run cannot meet at {told['MASTER_ADDR']}:{told['MASTER_PORT']} "
+                             f"({str(error).splitlines()[0]}); take another port (torchrun --master_port=N), or for one "
+                             "process `unset RANK`") from error
     return device
 
 
@@ -242,23 +255,20 @@ def wanted_anywhere(stop: "StopRequest | None") -> bool:
 class Log:
     """A table in a CSV file, each row on the disk at once; a resumed run drops the rows that it will make again."""
 
-    def __init__(self, path: Path, last_step: int, board=None):
-        """board  a tensorboard SummaryWriter that gets the numbers too"""
+    def __init__(self, path: Path, last_step: int):
         kept = []
         if last_step and path.is_file():
             with open(path, newline="", encoding="utf-8") as file:
                 whole = (row for row in csv.DictReader(file) if None not in row.values())  # a full disk cuts a row
                 kept = [row for row in whole if int(row["step"]) <= last_step]
-        self.path, self.board, self.columns = path, board, list(kept[0]) if kept else None
+        self.path, self.columns = path, list(kept[0]) if kept else None
         rows = [self.columns, *(row.values() for row in kept)] if kept else []
         data.write_text(path, "".join(map(self.line, rows)))
         self.file = open(path, "a", newline="", encoding="utf-8")
 
     @staticmethod
     def line(cells) -> str:
-        text = io.StringIO()
-        csv.writer(text).writerow(cells)
-        return text.getvalue()
+        return ",".join(map(str, cells)) + "\r\n"
 
     def write(self, **row) -> None:
         """The columns are those of the first row."""
@@ -268,9 +278,6 @@ class Log:
                 self.file.write(self.line(self.columns))
             self.file.write(self.line(row[column] for column in self.columns))
             self.file.flush()
-            for name in row.keys() - {"step"} if self.board else ():
-                if row[name] != "":
-                    self.board.add_scalar(f"{self.path.stem}/{name}", float(row[name]), row["step"])
         except OSError as error:
             raise data.DataError(f"{self.path} could not be written ({error}). Free some space, then continue with "
                                  "--resume") from error
@@ -317,46 +324,32 @@ def locked(folder: Path) -> bool:
 def open_output(output: Path, settings: dict, progress: dict) -> tuple[Log, Log]:
     """The folder of a run with args.json -> its log.csv and scores.csv, with the rows that `progress` has made already."""
     data.write_text(output / "args.json", json.dumps(settings, indent=1, ensure_ascii=False))
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # optional: what is drawn there stands in the csv files too
-        board = SummaryWriter(output, purge_step=progress["step"] + 1)
-    except ImportError:
-        board = None
-    return Log(output / "log.csv", progress["step"], board), Log(output / "scores.csv", progress["evaluated"], board)
+    return Log(output / "log.csv", progress["step"]), Log(output / "scores.csv", progress["evaluated"])
 
 
 def draw_curves(output: Path) -> Image.Image:
     """log.csv and scores.csv of a run as a picture: losses above, mIoU in percent below, over the steps."""
     width, height, left, top = 760, 240, 50, 34  # pixels of a panel and its margins
-    sheet, font = Image.new("RGB", (width + 170, 2 * (height + 2 * top)), "white"), ImageFont.load_default(13)
-    pen = ImageDraw.Draw(sheet)
-    panels = (("losses", "log.csv", {"step", "lr", "images_per_s"}), ("mIoU in percent", "scores.csv", {"step", "images"}))
-    for panel, (title, file, skipped) in enumerate(panels):
-        with open(output / file, newline="", encoding="utf-8") as table:
-            rows = list(csv.DictReader(table))
-        names = [name for name in (rows[0] if rows else ()) if name not in skipped]
-        lines = {name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in names}
-        lines = {name: line for name, line in lines.items() if line}
-        if not lines:
-            continue
-        last, highest = (max(point[axis] for line in lines.values() for point in line) or 1 for axis in (0, 1))
-        base = top + panel * (height + 2 * top)
-        pen.text((left, base - 8), title, fill="black", font=font, anchor="lb")
-        pen.line([left, base, left, base + height, width, base + height], fill="black")
+    sheet = Image.new("RGB", (width + 170, 2 * (height + 2 * top)), "white")
+    pen, write = ImageDraw.Draw(sheet), partial(ImageDraw.Draw(sheet).text, fill="black", font=ImageFont.load_default(13))
+    for base, title, file in ((top, "losses", "log.csv"), (3 * top + height, "mIoU in percent", "scores.csv")):
+        rows = list(csv.DictReader(data.read_text(output / file).splitlines()))
+        lines = {name: [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+                 for name in chain(*rows[:1]) if name not in ("step", "lr", "images_per_s")}
+        last, highest = (max((point[axis] for line in lines.values() for point in line), default=0) or 1 for axis in (0, 1))
+        write((left, base - 8), title, anchor="lb")
         for share in (0, .25, .5, .75, 1):
-            y = base + height * (1 - share)
+            x, y = left + share * (width - left), base + height * (1 - share)
             pen.line([left, y, width, y], fill=(225, 225, 225))
-            pen.text((left - 6, y), f"{share * highest:.3g}", fill="black", font=font, anchor="rm")
-        for share in (0, .5, 1):
-            x = left + share * (width - left)
-            pen.text((x, base + height + 4), f"step {share * last:.0f}", fill="black", font=font, anchor="mt")
-        for number, (name, line) in enumerate(lines.items()):
+            write((left - 6, y), f"{share * highest:.3g}", anchor="rm")
+            write((x, base + height + 4), f"step {share * last:.0f}", anchor="mt")
+        for number, (name, line) in enumerate((name, line) for name, line in lines.items() if line):
             colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
             points = [(left + (width - left) * step / last, base + height * (1 - value / highest)) for step, value in line]
             pen.line(points, fill=colour, width=2)
             for x, y in points if len(points) < 20 else points[-1:]:
                 pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
-            pen.text((width + 10, base + 16 * number), f"{name} {line[-1][1]:.3g}", fill=colour, font=font)
+            write((width + 10, base + 16 * number), f"{name} {line[-1][1]:.3g}", fill=colour)
     return sheet
 
 
@@ -391,7 +384,7 @@ def settle(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
     learned_from = [(sample.name, sample.labels) for sample in samples]  # true masks may be added while a run pauses
     if args.masks not in (None, "truth"):
         samples = data.with_masks_of(samples, args.masks)
-    first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one process of a machine downloads and makes, the others wait for it
+    first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # this one downloads and makes, the others wait
     if not first_here:
         sum_over_processes(torch.zeros(1))
     options = args.options | (decoder.method_class(args.method).with_masks if args.masks else {})
@@ -449,9 +442,12 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
         raise data.DataError(f"{path} has made {start} steps already, more than --max-iters {cfg.max_iters}")
     train_set = data.TrainDataset(samples, info.num_classes, cfg.crop_size, args.seed, bool(args.masks), cfg.scale_range)
     draws = data.draw_batches(start, cfg.max_iters, cfg.batch_size // world, rank, world)
-    batches = iter(DataLoader(train_set, batch_sampler=draws, num_workers=args.workers,
-                              worker_init_fn=cam.live_as_long_as_the_training, collate_fn=data.collate,
-                              timeout=PATIENCE.total_seconds() if args.workers else 0))
+    try:
+        batches = iter(DataLoader(train_set, batch_sampler=draws, num_workers=args.workers,
+                                  worker_init_fn=cam.live_as_long_as_the_training, collate_fn=data.collate,
+                                  timeout=PATIENCE.total_seconds() if args.workers else 0))
+    except (OSError, RuntimeError) as error:
+        raise data.DataError(f"no loader process could be started ({error}); -j 0 does without them") from error
     val_samples = data.list_samples(info, root, "val")
     with_masks = [sample for sample in val_samples if sample.mask]
     if rank == 0:
@@ -479,7 +475,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     told |= {"masks": str(Path(args.masks).resolve())} if args.masks not in (None, "truth") else {}
 
     def save(name: str) -> None:
-        if not all(weight.isfinite().all() for weight in model.parameters()):  # in all processes alike
+        if not decoder.finite(model):  # in all processes alike
             raise data.DataError(f"step {progress['step']}: weights are not finite any more, {output / name} is left as it "
                                  "was; start again with a smaller --lr")
         if rank == 0:
@@ -591,7 +587,10 @@ def resume(path: Path, identity: dict, method, optimizer: torch.optim.Optimizer)
                              "--output-dir")
     try:
         method.model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
+        moments = [(w, state[name]) for w, state in optimizer.state.items() for name in ("exp_avg", "exp_avg_sq")]
+        if not decoder.finite(method.model) or any(x.shape != w.shape or not x.isfinite().all() for w, x in moments):
+            raise ValueError("its numbers are not finite, or its optimizer is that of another model")
         return {key: checkpoint[key] for key in ("step", "evaluated", "best")}
     except Exception as error:  # whatever a foreign file makes torch raise
         raise data.DataError(f"{path}: does not fit this run ({error})") from error
@@ -647,7 +646,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--background", nargs="+", metavar="WORD", help="background words instead of the data set's")
     p.add_argument("-b", "--batch-size", type=data.count, metavar="N",
                    help="images per step and process (default: the row's, shared among the processes)")
-    p.add_argument("-j", "--workers", type=data.natural, metavar="N", default=2, help="loader processes (default: %(default)s)")
+    p.add_argument("-j", "--workers", type=partial(data.natural, most=256), metavar="N", default=2,
+                   help="loader processes (default: %(default)s)")
     p.add_argument("--seed", type=data.natural, metavar="N", help="default: 0")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="encoders in half precision (default: no)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
@@ -695,12 +695,13 @@ def main(argv: list[str] | None = None) -> int:
     device = start_processes(args.device)
     try:
         status = run(args, device, StopRequest())
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         meaning = next((text for sign, text in ENDINGS.items() if sign in str(error)), None)
+        meaning = data.OUT_OF_MEMORY if data.out_of_memory(error) else meaning
         if meaning is None:
             raise
-        raise data.DataError(f"process {rank_and_world()[0]}: {meaning} ({str(error).splitlines()[0]}). What was saved last "
-                             "is whole; go on with --resume") from error
+        raise data.DataError(f"process {rank_and_world()[0]}: {meaning} ({str(error).partition(chr(10))[0]}). What was saved "
+                             "last is whole; go on with --resume") from error
     finally:
         while LOCKS:
             LOCKS.pop().close()

@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import tarfile
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -116,24 +117,23 @@ def segment_all(method, samples: list, args: argparse.Namespace):
         yield sample, result
 
 
-def complain(error: Exception | str) -> None:
-    tqdm.write(f"error: {error}", file=sys.stderr)
-
-
 def segment_pictures(method, args: argparse.Namespace) -> int:
     """Palette PNG, overlay and a line of text for each picture of one's own. -> how many files could not be used."""
     info, failed, files = method.info, 0, backbone.picture_files(args.images)
     results = backbone.result_files(files, args.output_dir, (".png", "_overlay.png"))
     samples = [data.Sample(file.stem, str(file), None, (), "none", as_displayed=True) for file in files]
     for (sample, found), (prediction, overlay) in zip(segment_all(method, samples, args), results):
-        if isinstance(found, data.DataError):
-            complain(found)
+        try:
+            if isinstance(found, data.DataError):
+                raise found
+            mask = list(found.labels.values())[-1].numpy()
+            data.save_mask(prediction, mask)
+            side = min(OVERLAY_SIDES[1], max(OVERLAY_SIDES[0], *mask.shape))
+            data.save_picture(overlay, Image.fromarray(data.overlay(found.image, mask, info.classes, side)))
+        except data.DataError as error:
+            data.complain(error)
             failed += 1
             continue
-        mask = list(found.labels.values())[-1].numpy()
-        data.save_mask(prediction, mask)
-        side = min(OVERLAY_SIDES[1], max(OVERLAY_SIDES[0], *mask.shape))
-        data.save_picture(overlay, Image.fromarray(data.overlay(found.image, mask, info.classes, side)))
         shares = np.bincount(mask.ravel(), minlength=info.num_classes)[1:] / mask.size
         seen = [f"{info.classes[c]} {shares[c]:.1%}" for c in np.argsort(-shares) if shares[c]]
         tqdm.write(f"{sample.image} -> {prediction}: {', '.join(seen) or 'background only'}")
@@ -175,16 +175,19 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
     summary = data.describe(samples)
     print(f"{args.split} of {info.name}: {summary} -> {output}", flush=True)
 
-    matrices, done, scored, failed = {}, [], [], []  # the last three: names
+    matrices, written, scored, failed = {}, [], [], []  # the last three: names
     for sample, found in segment_all(method, samples, args):
-        if isinstance(found, data.DataError):
-            complain(found)
+        try:
+            if isinstance(found, data.DataError):
+                raise found
+            *_, prediction = found.labels.values()
+            for folder, labels in [(output / "predictions", prediction), *((folders[r], found.labels[r]) for r in folders)]:
+                data.save_mask(folder / f"{sample.name}.png", labels.numpy())
+        except data.DataError as error:
+            data.complain(error)
             failed.append(sample.name)
             continue
-        *_, prediction = found.labels.values()
-        for folder, labels in [(output / "predictions", prediction), *((folders[r], found.labels[r]) for r in folders)]:
-            data.save_mask(folder / f"{sample.name}.png", labels.numpy())
-        done.append(sample.name)
+        written.append(sample.name)
         if sample.mask:
             scored.append(sample.name)
             for rung, labels in found.labels.items():
@@ -207,9 +210,9 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
     else:
         print("nothing is scored: no picture that could be used has a mask")
     if args.submit and failed:
-        complain(f"{args.submit} is not written: it would lack {len(failed)} of {len(samples)} pictures")
+        data.complain(f"{args.submit} is not written: it would lack {len(failed)} of {len(samples)} pictures")
     elif args.submit:
-        write_submission(args.submit, output / "predictions", done)
+        write_submission(args.submit, output / "predictions", written)
     return len(failed)
 
 
@@ -268,7 +271,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--attention", metavar="NAME|DIR", help="of a method whose labels need one; default: as in training")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False, help="encoders in half precision (default: no)")
-    p.add_argument("-j", "--workers", type=data.count, metavar="N", default=max(1, min(8, (os.cpu_count() or 1) // 2)),
+    p.add_argument("-j", "--workers", type=partial(data.count, most=256), metavar="N",
+                   default=max(1, min(8, (os.cpu_count() or 1) // 2)),
                    help="processes for the CRF (default: half of the cores, at most 8)")
     return p.parse_intermixed_args(argv)  # `ckpt --crf cat.jpg` too
 
@@ -301,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
           f"{describe(args, method.cfg)}; on {device}", flush=True)
     failed = segment_pictures(method, args) if args.images else segment_split(method, args, checkpoint)
     if failed:
-        complain(f"{failed} pictures could not be used (see above), the others are done")
+        data.complain(f"{failed} pictures could not be used (see above), the others are done")
     return int(failed > 0)
 
 

@@ -125,7 +125,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--par", action="store_true", help="PAR in place of the CRF, also where pydensecrf2 is installed")
     p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 (shapes: its toy)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
-    p.add_argument("-j", "--workers", type=data.count, metavar="N", default=max(1, min(8, (os.cpu_count() or 1) // 2)),
+    p.add_argument("-j", "--workers", type=partial(data.count, most=256), metavar="N",
+                   default=max(1, min(8, (os.cpu_count() or 1) // 2)),
                    help="processes for the CRF (default: half of the cores, at most 8)")
     return p.parse_args(argv)
 

@@ -488,9 +488,9 @@ class DiCLIP(excel.ExCEL):
 
     def build(self, state=None):
         blocks, width = len(self.clip.visual.transformer.resblocks), self.clip.text_projection.shape[1]
-        if self.cfg.surgery_blocks >= blocks:
+        if max(self.cfg.surgery_blocks + 1, self.cfg.fuse_blocks or 1) > blocks:
             raise data.DataError(f"--surgery-blocks {self.cfg.surgery_blocks}: CLIP has {blocks} blocks, and the first is "
-                                 "ordinary")
+                                 f"ordinary; --fuse-blocks {self.cfg.fuse_blocks} cannot be more")
         cache = torch.zeros(0, width), torch.zeros(0, self.info.num_classes)
         if state is not None:
             cache = stored_cache(state, width, self.info.num_classes)

@@ -426,8 +426,9 @@ class ExCEL(decoder.WeCLIP):
     def build(self, state=None):
         """The bank of a checkpoint is taken as it is: no sentence is read for it."""
         blocks, width = len(self.clip.visual.transformer.resblocks), self.clip.text_projection.shape[1]
-        if self.cfg.surgery_blocks >= blocks:
-            raise data.DataError(f"--surgery-blocks {self.cfg.surgery_blocks}: CLIP has {blocks}, and the first is ordinary")
+        if max(self.cfg.surgery_blocks + 1, self.cfg.fuse_blocks or 1) > blocks:
+            raise data.DataError(f"--surgery-blocks {self.cfg.surgery_blocks}: CLIP has {blocks}, and the first is ordinary; "
+                                 f"--fuse-blocks {self.cfg.fuse_blocks} cannot be more")
         bank = new_bank(self.clip, sentences(self.info), self.cfg.clusters) if state is None else stored_bank(state, width)
         return HeadWithBank(self.info.num_classes, self.clip.visual.conv1.out_channels, self.cfg.fuse_blocks or blocks,
                             self.cfg.depth, *bank)

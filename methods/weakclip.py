@@ -103,8 +103,10 @@ class WeakCLIPConfig(decoder.Config):
         super().__post_init__()
         for name in ("native", "prompt_tokens", "attention_width", "attention_heads", "pyramid_width", "loss_size",
                      "short_side", "window", "stride"):
-            if not getattr(self, name):
-                raise data.DataError(f"--{name.replace('_', '-')} 0: wanted a number above 0")
+            if not 0 < getattr(self, name) <= 8192:
+                raise data.DataError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted a number above 0, at most 8192")
+        if max(self.dropout, self.drop_path) >= 1:
+            raise data.DataError(f"--dropout {self.dropout}, --drop-path {self.drop_path}: wanted shares below 1")
         if len(self.levels) != 4 or self.attention_width % self.attention_heads:
             raise data.DataError(f"--levels {self.levels}, --attention-width {self.attention_width}: wanted four blocks, and "
                                  f"a width that the {self.attention_heads} heads share")

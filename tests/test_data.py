@@ -405,11 +405,12 @@ def test_an_image_looks_different_at_every_draw(samples):
 
 def test_two_processes_take_the_same_steps_as_one():
     """Rank 0 and rank 1 with 2 images each see together what one process with 4 sees; a run may start at any step."""
-    alone = data.draw_batches(0, 6, 4)
+    alone = list(data.draw_batches(0, 6, 4))
     ranks = [data.draw_batches(0, 6, 2, rank, 2) for rank in (0, 1)]
     assert [[*a, *b] for a, b in zip(*ranks)] == [list(batch) for batch in alone]
     assert sorted(draw for batch in alone for draw in batch) == list(range(24))
-    assert data.draw_batches(4, 6, 4) == alone[4:]
+    assert list(data.draw_batches(4, 6, 4)) == alone[4:]
+    assert next(data.draw_batches(0, 10**9, 4)) == range(4)  # at once, and without a list of them
 
 
 def test_the_same_views_for_any_number_of_workers_and_after_a_resume(samples):

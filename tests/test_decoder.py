@@ -5,7 +5,7 @@ whole batch in one. No file outside this folder is read; the numbers of the auth
 """
 import copy
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import import_module
 
 import clip
@@ -97,6 +97,12 @@ def test_larger_backbones_change_the_numbers_that_the_released_code_changes(meth
     ("dynamic_from", -1, "--dynamic-from -1"),
     ("box_fraction", math.nan, "--box-fraction nan"),
     ("self_label_above", -math.inf, "--self-label-above -inf"),
+    ("crop_size", 8193, "--crop-size 8193: wanted a number above 0, at most 8192"), ("depth", 65, "--depth 65"),
+    ("max_iters", 10**9 + 1, "--max-iters 1000000001"), ("long_side", "512", "--long-side '512': wanted int"),
+    ("depth", True, "--depth True: wanted int"), ("depth", 3.0, "--depth 3.0"), ("lr", None, "--lr None: wanted float"),
+    ("clip", 5, "--clip 5: wanted str"), ("box_fraction", "none", "--box-fraction 'none': wanted float | None"),
+    ("scales", (), r"--scales \(\): wanted tuple"), ("scales", [1.0], r"--scales \[1.0\]"), ("scales", ("1",), "--scales"),
+    ("crf_gaussian", (3,), r"--crf-gaussian \(3,\)"), ("scale_range", (2, 1), "--scale-range 2 1: wanted the smaller one first"),
 ])
 def test_a_number_that_makes_no_sense_is_refused_by_the_name_of_its_option(field, value, said):
     with pytest.raises(data.DataError, match=said):
@@ -108,6 +114,13 @@ def test_none_and_zero_are_taken_where_they_mean_something():
     nothing = dict(box_fraction=None, self_label_after=None, fuse_blocks=None, warmup=0, weight_decay=0, dynamic_from=0)
     cfg = replace(decoder.WeCLIPPlus.rows["coco"], **nothing)
     assert {name: getattr(cfg, name) for name in nothing} == nothing
+
+
+def test_the_rows_of_all_methods_fit_their_own_types():
+    """A field whose default is of another type than it says would be refused in its own checkpoint."""
+    for name in (*decoder.HERE_ARE, "excel", "diclip", "weakclip"):
+        for row in decoder.method_class(name).rows.values():
+            assert type(row)(**asdict(row)) == row
 
 
 # -------------------------------------------------------------------------------------------------- the trained parts

@@ -331,6 +331,32 @@ def test_a_split_with_a_broken_picture_is_finished_and_says_so(home, tmp_path, c
     assert [path.name for path in (tmp_path / "out" / "predictions").iterdir()] == ["b.png"]
 
 
+def test_a_result_that_cannot_be_written_costs_its_picture_alone(home, tmp_path, capsys):
+    """It is named, counted and not scored; of the others nothing is lost. A folder lies where its file should be."""
+    own, out = home / "own", tmp_path / "out"
+    (out / "predictions" / "1.png.tmp").mkdir(parents=True)
+    assert exit_status(home / "best.pt", "--data-path", own, "--output-dir", out) == 1
+    said = capsys.readouterr().err
+    assert "1.png could not be written (" in said and "--output-dir" in said and "1 pictures could not be used" in said
+    assert {path.name for path in (out / "predictions").glob("*.png")} == {"0.png", "2.png", "3.png", "4.png"}
+    report = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    assert report["images"] == 4 and report["unusable"] == ["1"]
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("a", "b" * 249, "c"):
+        shutil.copy(own / "images" / "0.png", pictures / f"{name}.png")
+    assert infer.main([str(home / "best.pt"), str(pictures), "--device", "cpu", "--scales", "1", "--no-flip"]) == 1
+    assert f"{'b' * 249}_overlay.png could not be written (" in capsys.readouterr().err
+    left = {path.name for path in (pictures / "predictions").iterdir()}
+    assert left >= {"a.png", "a_overlay.png", "c.png", "c_overlay.png"} and not any(name.endswith(".tmp") for name in left)
+
+
+def test_names_that_are_no_utf8_are_written_all_the_same(tmp_path):
+    data.write_text(tmp_path / "a.json", json.dumps({"name": "\udcff\u00fc"}, ensure_ascii=False))
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"name": "\udcff\u00fc"}
+
+
 def test_without_masks_a_split_is_segmented_and_not_scored(home, tmp_path, capsys):
     own = tmp_path / "own"
     (own / "images").mkdir(parents=True)

@@ -507,6 +507,41 @@ def test_a_full_disk_at_a_line_of_the_log_names_the_log(tmp_path, small_disk):
         assert [row["step"] for row in csv.DictReader(file)] == ["8", "9", "10"]
 
 
+@pytest.mark.parametrize("refused", [3, 99])
+def test_a_file_that_another_program_holds_is_waited_for(tmp_path, monkeypatch, refused):
+    """As on Windows. For about a second; then the new one is kept beside it, and named."""
+    real, calls, waited = os.replace, [], []
+
+    def replace(old, new):
+        calls.append(new)
+        if len(calls) <= refused:
+            raise PermissionError(13, "is being used by another process")
+        real(old, new)
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    path = tmp_path / "last.pt"
+    path.write_text("old")
+    if refused == 3:
+        data.write_text(path, "new")
+    else:
+        with pytest.raises(data.DataError, match="last.pt could not be replaced .*; the new file is kept as .*last.pt.tmp"):
+            data.write_text(path, "new")
+    assert [path.read_text(), *(p.read_text() for p in tmp_path.glob("*.tmp"))] == (["new"] if refused == 3 else ["old", "new"])
+    assert sum(waited) <= 1.1
+
+
+@pytest.mark.parametrize("end", [OSError(28, "No space left on device"), RuntimeError("unexpected pos"), KeyboardInterrupt()])
+def test_whatever_ends_a_writing_no_half_file_stays(tmp_path, end):
+    (tmp_path / "a.png").write_text("old")
+
+    def write(file):
+        file.write(b"half")
+        raise end
+    with pytest.raises(KeyboardInterrupt if isinstance(end, KeyboardInterrupt) else data.DataError):
+        data.write_whole(tmp_path / "a.png", write)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
 def test_an_output_directory_that_cannot_be_is_refused_before_the_first_step(world, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("a step was made"))
@@ -593,20 +628,82 @@ def test_numbers_that_do_not_go_together_are_refused(world, tmp_path, options, m
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("options", [["-b", "0"], ["--max-iters", "few"], ["--print-freq", "0"], ["--seed", "-1"], ["-j", "-1"], ["-j", "many"]])
-def test_numbers_that_make_no_sense_are_refused(options):
+@pytest.mark.parametrize("options, message", [
+    (["-b", "0"], "wanted a whole number from 1 to"), (["--max-iters", "few"], "invalid int value"), (["-j", "-1"], "from 0 to 256"),
+    (["--print-freq", "0"], "from 1 to"), (["--seed", "-1"], "from 0 to"), (["--seed", str(2**70)], "from 0 to 1000000000"),
+    (["-j", "many"], "'many': wanted"), (["-j", "999"], "from 0 to 256"), (["--box-fraction", "x"], "'x': wanted none, or a number")])
+def test_numbers_that_make_no_sense_are_refused(options, message, capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["shapes", *options])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options, message", [
     (["--max-iters", "0"], "--max-iters 0: wanted a number above 0"), (["--eval-every", "-1"], "--eval-every -1: wanted"),
     (["--lr", "nan"], "--lr nan: wanted"), (["--lr", "0"], "--lr 0.0: wanted"), (["--scales", "1", "-1"], "--scales -1.0: wanted"),
-    (["--box-fraction", "-0.5"], "--box-fraction -0.5: wanted a number that is not negative")])
+    (["--box-fraction", "-0.5"], "--box-fraction -0.5: wanted a number that is not negative"),
+    (["--cam-skip", "9"], "--cam-skip 9: .* has 2 blocks before its last"), (["--fuse-blocks", "3"], "--fuse-blocks 3"),
+    (["--device", "meta"], "--device meta: ")])
 def test_numbers_of_a_row_that_make_no_sense_are_named(world, tmp_path, options, message):
     with pytest.raises(data.DataError, match=message):
         train.main(arguments(world, tmp_path / "run", *options))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("CUDA out of memory. Tried"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), OSError(12, "Cannot allocate memory")])
+def test_too_little_memory_is_one_sentence_with_the_mend(error, world, tmp_path, capsys, monkeypatch):
+    """In the words of each device, from any command; a training says too how to go on."""
+    def fails(*_):
+        raise error
+    with pytest.raises(SystemExit) as status:
+        data.run(fails)
+    said = capsys.readouterr().err
+    assert status.value.code == 2 and said.startswith("error: not enough memory; take a smaller --long-side") and said.count("\n") == 1
+    if not isinstance(error, OSError):
+        monkeypatch.setattr(train, "run", fails)
+        with pytest.raises(data.DataError, match="process 0: not enough memory; .* go on with --resume"):
+            train.main(arguments(world, tmp_path / "run"))
+
+
+def test_an_error_of_our_own_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        data.run(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("environment, message", [
+    ({"RANK": "0"}, "has RANK, but not LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: .*`unset RANK`"),
+    ({"LOCAL_RANK": "0", "WORLD_SIZE": "1"}, "but not MASTER_ADDR, MASTER_PORT"),
+    ({"LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "taken"}, "cannot meet at 127.0.0.1:.*in use"),
+    ({"LOCAL_RANK": "0", "WORLD_SIZE": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "cannot meet at")])
+def test_an_environment_of_no_torchrun_is_refused(environment, message, monkeypatch):
+    """A job system or an earlier shell leaves such things behind."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in ({"RANK": "0"} | environment).items():
+            monkeypatch.setenv(name, str(taken.getsockname()[1]) if value == "taken" else value)
+        with pytest.raises(data.DataError, match=message):
+            train.start_processes("cpu")
+
+
+def test_a_local_rank_beyond_the_gpus_is_named(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(data.DataError, match="LOCAL_RANK is 3, and this machine has 2 GPUs"):
+        train.start_processes(None)
+
+
+def test_loader_processes_that_cannot_start_are_named(world, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(11, "Resource temporarily unavailable")
+    monkeypatch.setattr(train, "DataLoader", refuse)
+    with pytest.raises(data.DataError, match="no loader process could be started .*unavailable.*; -j 0 does without them"):
+        train.main(arguments(world, tmp_path / "run", "-j", 1))
 
 
 def test_a_validation_picture_that_cannot_be_scored_is_named_and_stops_nothing(world, tmp_path, capsys):
@@ -643,9 +740,10 @@ def test_no_file_of_weights_can_run_code(tmp_path, load, form):
     if form == "TorchScript":
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("weights/code/__torch__.py", "")
-    with pytest.raises(data.DataError, match="weights.pt: not a"):
+    with pytest.raises(data.DataError, match="weights.pt: not a") as refusal:
         load(str(path))
     assert not (tmp_path / "harm").exists()
+    assert load is not decoder.read_checkpoint or "weights_only" not in str(refusal.value)  # torch advises to trust it
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
@@ -664,8 +762,9 @@ def test_a_torchscript_archive_that_is_not_openais_is_never_loaded(world, one_st
 
 def test_mutated_checkpoints_are_refused_or_read_right(tmp_path):
     """300 files with bytes changed, cut or doubled (fixed seeds): what is read at all is what was written."""
-    path, kinds = tmp_path / "last.pt", {dict: {"a": 1}, list: ["cat", "sofa"], str: "weclip", int: 3}
-    entries = {key: kinds.get(kind, {"name": "x"}) for key, kind in decoder.CHECKPOINT.items()}
+    path, two = tmp_path / "last.pt", ["cat", "sofa"]
+    entries = {"step": 3, "config": {"depth": 3}, "method": "weclip", "dataset": "voc", "classes": two, "prompts": two,
+               "background": two, "frozen": {"clip": {"name": "x"}}}
     entries["model"] = {f"layer{n}": torch.randn(40, generator=torch.Generator().manual_seed(n)) for n in range(20)}
     torch.save(entries, path)
     contents, refused = path.read_bytes(), 0
@@ -691,6 +790,56 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(world, one_step, change
     change(checkpoint)
     with pytest.raises(data.DataError):
         decoder.restore(checkpoint, "last.pt", {"clip": str(world / "clip.pt"), "dino": str(world / "dino.pth")}, "cpu")
+
+
+NAN = float("nan")
+
+
+def change(where: str, value, checkpoint: dict) -> None:
+    *folders, key = where.split("/")
+    for folder in folders:
+        checkpoint = checkpoint[folder]
+    checkpoint[key] = value
+
+
+@pytest.mark.parametrize("where, value", [
+    ("step", -5), ("step", 10**12), ("step", True), ("step", 1.0), ("step", None), ("dataset", "unheard of"), ("dataset", 3),
+    ("classes", ["cat", "sofa"]), ("classes", []), ("classes", [1, 2, 3]), ("prompts", "cat"), ("prompts", []), ("background", []),
+    ("classes", None), ("frozen", {"clip": "x"}), ("frozen", {"clip": {"name": 3}}), ("frozen", []), ("method", 3), ("model", [1]),
+    ("model", {5: torch.zeros(1)}), ("model", {"a": 1}), ("config", 1), ("config/depth", 10**7), ("config/depth", "3"),
+    ("config/scales", ()), ("config/scales", (-1.0,)), ("config/scales", (NAN,)), ("config/long_side", "64"),
+    ("config/crop_size", 10**6), ("config/decay", None), ("config/unheard_of", 1), ("config/lr", True), ("evaluated", "x"),
+    ("evaluated", 2), ("best", 3), ("best", NAN), ("best", "x"), ("optimizer", 1), ("optimizer", {}), ("seed", "x"), ("masks", 1),
+    ("split", torch.zeros(2)), ("amp", "no"), ("samples", torch.zeros(2)), ("command", []), ("command", {}),
+    ("command/seed", 2**70), ("command/seed", True), ("command/background", "sky"), ("command/dataset", 1)])
+def test_a_checkpoint_with_impossible_values_is_refused_by_name(one_step, tmp_path, where, value):
+    """By both commands, before anything is made of them."""
+    checkpoint = read(one_step)
+    change(where, value, checkpoint)
+    torch.save(checkpoint, tmp_path / "last.pt")
+    for main, argv in ((infer.main, [str(tmp_path / "last.pt"), "x.png"]), (train.main, ["--resume", str(tmp_path)])):
+        with pytest.raises(data.DataError, match=f"last.pt: .*{where.split('/')[0]}"):
+            main([*argv, "--device", "cpu"])
+
+
+@pytest.mark.parametrize("broken", ["weight", "moment", "shape", "missing"])
+def test_weights_and_moments_that_are_no_numbers_are_refused(one_step, world, tmp_path, broken):
+    checkpoint = read(one_step)
+    state = checkpoint["optimizer"]["state"][0]
+    if broken == "weight":
+        next(iter(checkpoint["model"].values())).fill_(NAN)
+    elif broken == "moment":
+        state["exp_avg"].fill_(NAN)
+    elif broken == "shape":
+        state["exp_avg_sq"] = torch.zeros(2)
+    else:
+        del state["exp_avg"]
+    torch.save(checkpoint, tmp_path / "last.pt")
+    with pytest.raises(data.DataError, match="last.pt: does not fit this run"):
+        train.main(["--resume", str(tmp_path), "--max-iters", "2", "-j", "0", "--device", "cpu"])
+    if broken == "weight":
+        with pytest.raises(data.DataError, match="last.pt: .*some are not finite"):
+            infer.main([str(tmp_path / "last.pt"), "x.png", "--device", "cpu"])
 
 
 def test_a_checkpoint_of_a_shorter_form_cannot_be_resumed(world, one_step, tmp_path):
