@@ -1,7 +1,7 @@
 """01 - Data: what does the network see, and what is it told?
 
 In     PASCAL VOC 2012, COCO 2014/2017, a folder of your own, or `shapes`, a toy world that is drawn at first use
-Out    `list_samples` (pictures with their image-level labels), `TrainDataset`; class names and prompts, overlays
+Out    `list_samples` (pictures with their image-level labels), `augment`; class names and prompts, overlays
 Paper  the experimental set-up of WeCLIP (CVPR 2024) and WeCLIP+ (TPAMI 2025): data sets, labels, augmentation.
        The only supervision is which classes a picture shows; masks are for scoring (and for `--masks truth`).
 
@@ -20,7 +20,6 @@ import csv
 import itertools
 import json
 import os
-import pickle
 import re
 import shlex
 import subprocess
@@ -35,14 +34,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -326,22 +324,6 @@ def gather(read, items: list, problems: list[str]) -> list:
     return results
 
 
-def attempt(work, items: Iterable) -> int:
-    """work(item) for each. A DataError is told at once and costs its item only. -> how many"""
-    failed = 0
-    for item in tqdm(items, disable=None):
-        try:
-            work(item)
-        except DataError as error:
-            complain(error)
-            failed += 1
-    return failed
-
-
-def complain(error: Exception | str) -> None:
-    tqdm.write(f"error: {error}", file=sys.stderr)
-
-
 def join_samples(info: DatasetInfo, split: str, root: Path, names: list[str], pictures: dict[str, Path],
                  masks: dict[str, Path], read_labels, source: str, problems: list[str]) -> list[Sample]:
     """What all loaders end with: name by name, the picture, its mask and its labels.
@@ -383,14 +365,6 @@ def files_by_stem(folder: Path, suffixes: Iterable[str] | None = None) -> dict[s
 def nfc(text: str) -> str:
     """Accents as one letter: a Mac writes them as two in the names of files."""
     return unicodedata.normalize("NFC", text)
-
-
-def load_tensors(path: str | Path):
-    """What torch.save has written: tensors and plain values. Nothing in the file is ever executed."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch would advise to trust it
-        raise ValueError("it holds more than tensors and plain values, or is damaged") from error
 
 
 def read_text(path: Path) -> str:
@@ -650,16 +624,6 @@ def augment(image: np.ndarray, mask: np.ndarray | None, size: int, rng: np.rando
 
 # ---------------------------------------------------------------- what the loops read
 
-def with_masks_of(samples: list[Sample], folder: str) -> list[Sample]:
-    """The samples with FOLDER/NAME.png as their masks, palette PNGs of class numbers, 255 left out. Raises DataError if one
-    with a class has none."""
-    paths = [Path(folder) / f"{sample.name}.png" for sample in samples]
-    found = [replace(sample, mask=str(path) if path.is_file() else None) for sample, path in zip(samples, paths)]
-    if wrong := missing(f"masks in {folder}", [f"{s.name}.png" for s in found if s.labels and s.mask is None]):
-        raise DataError(wrong)
-    return found
-
-
 def check_sum(parts: Iterable[bytes]) -> str:
     """Was it the same? 8 hex digits."""
     total = 0
@@ -680,76 +644,6 @@ def as_item(sample: Sample, image: np.ndarray, mask: np.ndarray | None, num_clas
     labels[list(sample.labels)] = 1
     item = {"name": sample.name, "image": normalize(image), "labels": labels}
     return item if mask is None else item | {"mask": torch.from_numpy(mask)}
-
-
-@lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """(count,) the order in which an epoch goes through the images."""
-    return np.random.default_rng((seed, 0, epoch)).permutation(count)
-
-
-def collate(items: list[dict]) -> dict:
-    """Items -> a batch of numpy arrays, names as a list. Tensors would go from the loader's processes to the training by
-    sockets in TMPDIR, whose paths must be short, and by shared memory, which containers have little of."""
-    arrays = items[0].keys() - {"name", "broken"}
-    return ({key: [item[key] for item in items] for key in ("name", "broken") if key in items[0]}
-            | {key: np.stack([np.asarray(item[key]) for item in items]) for key in arrays})
-
-
-class TrainDataset(Dataset):
-    """Random views with image-level labels. Item t is the t-th draw of the run, t = 0, 1, 2, ... without end.
-
-    Draw t is image t % n of epoch t // n in a random order; order and view depend on (seed, t) alone. So the run is the
-    same for any number of workers and processes, and goes on in the middle: see `draw_batches`.
-    Images without a foreground class are left out, `skipped` counts them.
-
-    Item    see `as_item`, with H = W = crop_size; mask only with `with_masks`: the truth, 255 where void or padded;
-            broken: what was wrong with the files in whose place the next ones of the epoch are shown
-    Raises  DataError  if no image has a class; with_masks: if a mask is missing; at the item: if ten in a row are broken
-    """
-
-    def __init__(self, samples: list[Sample], num_classes: int, crop_size: int, seed: int = 0,
-                 with_masks: bool = False, scales: tuple[float, float] = (0.5, 2.0)):
-        self.samples = [sample for sample in samples if sample.labels]
-        self.skipped = len(samples) - len(self.samples)
-        if not self.samples:
-            raise DataError(f"none of {len(samples)} images has a foreground class: nothing to learn from; "
-                            "`python 01_data.py DATASET --check` says what is missing")
-        without = [sample.name for sample in self.samples if with_masks and sample.mask is None]
-        if without:
-            raise DataError(missing("masks (for COCO, `python 01_data.py coco` writes them from the json)", without))
-        self.num_classes, self.crop_size, self.seed = num_classes, crop_size, seed
-        self.with_masks, self.scales = with_masks, scales
-
-    def __len__(self) -> int:
-        """Images in an epoch, n."""
-        return len(self.samples)
-
-    def __getitem__(self, draw: int) -> dict:
-        epoch, place = divmod(draw, len(self))
-        order, broken = epoch_order(self.seed, epoch, len(self)), []
-        while True:
-            sample = self.samples[order[(place + len(broken)) % len(self)]]
-            try:
-                pair = load_pair(sample, self.num_classes, self.with_masks)
-                break
-            except DataError as error:
-                broken.append(str(error))
-                if len(broken) == min(10, len(self)):
-                    raise
-        pair = augment(*pair, self.crop_size, np.random.default_rng((self.seed, 1, draw)), self.scales)
-        return as_item(sample, *pair, self.num_classes) | {"broken": broken}
-
-
-def draw_batches(start: int, stop: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterable[range]:
-    """The draws of each step from `start` to `stop`, for this process: a `batch_sampler` for TrainDataset.
-
-    Step s of the run takes the draws s B .. (s+1) B - 1 with B = batch_size * world_size, process r the r-th batch_size
-    of them: two processes with 2 images see in each step what one process with 4 sees.
-    """
-    for step in range(start, stop):
-        first = (step * world_size + rank) * batch_size
-        yield range(first, first + batch_size)
 
 
 # ---------------------------------------------------------------- whatever is written
@@ -774,14 +668,14 @@ def write_whole(path: str | Path, write) -> None:
             raise DataError(f"{path} could not be written ({getattr(error, 'strerror', '') or error}); a file from before is "
                             "intact. Free some space, or choose another --output-dir or a shorter name") from error
         raise
-    for wait in (.1, .2, .3, .4, None):
+    for wait in (.1, .2, .3, .4, 0):
         try:
             return os.replace(temporary, path)
         except OSError as error:  # on Windows, as long as another program reads the old file
-            if wait is None:
-                raise DataError(f"{path} could not be replaced ({error}); the new file is kept as {temporary}. Close what "
-                                "reads the old one, then rename it") from error
-            time.sleep(wait)
+            refused = error
+        time.sleep(wait)
+    raise DataError(f"{path} could not be replaced ({refused}); the new file is kept as {temporary}. Close what reads the old one, "
+                    "then rename it")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -790,11 +684,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def save_picture(path: str | Path, image: Image.Image) -> None:
-    """In the format of the ending, whole."""
-    name = picture_formats().get(Path(path).suffix.lower())
-    if name not in Image.SAVE:
-        raise DataError(f"{path}: no ending of a picture that can be written; take .png")
-    write_whole(path, partial(image.save, format=name))
+    """In the format of its ending, whole."""
+    write_whole(path, partial(image.save, format=picture_formats()[Path(path).suffix.lower()]))
 
 
 # ---------------------------------------------------------------- pictures for people
@@ -1050,12 +941,9 @@ def draw_sheet(info: DatasetInfo, root: Path, split: str) -> Image.Image:
 
 def natural(text: str, least: int = 0, most: int = 10**9) -> int:
     """The type of an option: 0, 1, 2, ..."""
-    try:
-        if least <= int(text) <= most:
-            return int(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text[:40]!r}: wanted a whole number from {least} to {most}")
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: wanted a whole number from {least} to {most}")
+    return int(text)
 
 
 count = partial(natural, least=1)  # 1, 2, 3, ...
@@ -1091,7 +979,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """-> exit status: 0, or 1 if there are problems."""
     args = parse_args(argv)
-    if args.sheet and Path(args.sheet).suffix.lower() not in picture_formats():
+    if args.sheet and picture_formats().get(Path(args.sheet).suffix.lower()) not in Image.SAVE:
         raise DataError(f"--sheet {args.sheet}: no picture's name; wanted one ending in .png or .jpg")
     root = find_root(args.dataset, args.data_path)
     if args.val_share is not None:
@@ -1129,25 +1017,22 @@ def run(main) -> None:
     try:
         sys.exit(main())
     except Exception as error:
-        if out_of_memory(error):
-            text = f"{OUT_OF_MEMORY} ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-        elif isinstance(error, (DataError, OSError)):  # a loader worker's comes wrapped in its traceback: the end is ours
-            text = str(error).rsplit("DataError: ", 1)[-1].strip()
-        else:
+        text = out_of_memory(error) or isinstance(error, (DataError, OSError)) and str(error)
+        if not text:
             raise
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {text.rsplit('DataError: ', 1)[-1].strip()}", file=sys.stderr)  # a loader worker's comes with its traceback
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-OUT_OF_MEMORY = "not enough memory; take a smaller --long-side, --crop-size or -b, or fewer processes with -j"
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Numpy and Pillow have a type for it; torch has words, others on each device."""
-    words = re.compile("out of memory|can(no|')t allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
-    return isinstance(error, MemoryError) or (not isinstance(error, DataError) and bool(words.search(str(error))))
+def out_of_memory(error: BaseException) -> str:
+    """What to say if this is why; else "". Numpy and Pillow have a type for it; torch has words, others on each device."""
+    words = "out of memory|can(no|')t allocate memory|not enough memory|ALLOC_FAILED"
+    if not isinstance(error, MemoryError) and (isinstance(error, DataError) or not re.search(words, str(error), re.IGNORECASE)):
+        return ""
+    return ("not enough memory; take a smaller --long-side, --crop-size or -b, or fewer processes with -j "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]})")
 
 
 if __name__ == "__main__":

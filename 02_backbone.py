@@ -34,6 +34,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # our folder, wherever we are started from
 data = import_module("01_data")  # `import 01_data` is not Python: the name starts with a digit
@@ -447,6 +448,22 @@ def picture_files(paths: list[str]) -> list[Path]:
     return files
 
 
+def attempt(work, items) -> int:
+    """work(item) for each. A data.DataError is told at once and costs its item only. -> how many"""
+    failed = 0
+    for item in tqdm(items, disable=None):
+        try:
+            work(item)
+        except data.DataError as error:
+            complain(error)
+            failed += 1
+    return failed
+
+
+def complain(error: Exception | str) -> None:
+    tqdm.write(f"error: {error}", file=sys.stderr)
+
+
 def result_files(files: list[Path], output_dir: str | None, endings: tuple[str, ...]) -> list[list[Path]]:
     """What is made of each file: in `output_dir`, else in predictions/ beside it, its name with each of the `endings`.
 
@@ -569,7 +586,7 @@ def main(argv: list[str] | None = None) -> int:
         data.save_picture(target, draw_look(image, seen, dino_map, patch))
         print(target)
 
-    return int(data.attempt(show, list(zip(files, result_files(files, args.output_dir, ("_look.png",))))) > 0)
+    return int(attempt(show, list(zip(files, result_files(files, args.output_dir, ("_look.png",))))) > 0)
 
 
 if __name__ == "__main__":

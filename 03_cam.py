@@ -531,7 +531,7 @@ def main(argv: list[str] | None = None) -> int:
         tqdm.write(f"{target}: " + ", ".join(f"{info.classes[c]} {100 * probs[0, c]:.0f} %" for c in sample.labels)
                    + "; " + "; ".join(captions.values()))
 
-    return int(data.attempt(show, list(zip(samples, backbone.result_files(files, args.output_dir, ("_cam.png",))))) > 0)
+    return int(backbone.attempt(show, list(zip(samples, backbone.result_files(files, args.output_dir, ("_cam.png",))))) > 0)
 
 
 if __name__ == "__main__":

@@ -664,7 +664,7 @@ def read_checkpoint(path: str | Path) -> dict:
             damaged = archive.testzip()  # torch itself does not compare the check sums
         if damaged is not None:
             raise ValueError(f"the check sum of {damaged} differs")
-        checkpoint = data.load_tensors(path)
+        checkpoint = backbone.read_plain(path)
     except FileNotFoundError:
         raise data.DataError(f"{path}: no such checkpoint; 05_train.py makes them") from None
     except Exception as error:  # whatever zipfile and torch raise on a foreign or truncated file
@@ -763,7 +763,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  {stage:20} {tuple(tensor.shape)}")
         print("  losses of the untrained decoder: " + ", ".join(f"{part} {float(loss):.3f}" for part, loss in losses.items()))
 
-    failed = data.attempt(show, samples)
+    failed = backbone.attempt(show, samples)
     for part, module in method.model.named_children():
         print(f"{part:24} {sum(p.numel() for p in module.parameters()):>9,} parameters")
     return int(failed > 0)

@@ -21,9 +21,10 @@ import signal
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from itertools import chain, count
 from pathlib import Path
@@ -37,7 +38,7 @@ import torch.distributed as dist  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
+from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -104,6 +105,91 @@ def train_step(method, optimizer: torch.optim.Optimizer, images: torch.Tensor, l
     losses["total"].backward()
     optimizer.step()
     return values
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which picture when?
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def with_masks_of(samples: list[data.Sample], folder: str) -> list[data.Sample]:
+    """The samples with FOLDER/NAME.png as their masks, palette PNGs of class numbers, 255 left out. Raises data.DataError if one
+    with a class has none."""
+    paths = [Path(folder) / f"{sample.name}.png" for sample in samples]
+    found = [replace(sample, mask=str(path) if path.is_file() else None) for sample, path in zip(samples, paths)]
+    if wrong := data.missing(f"masks in {folder}", [f"{s.name}.png" for s in found if s.labels and s.mask is None]):
+        raise data.DataError(wrong)
+    return found
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """(count,) the order in which an epoch goes through the images."""
+    return np.random.default_rng((seed, 0, epoch)).permutation(count)
+
+
+class TrainDataset(Dataset):
+    """Random views with image-level labels. Item t is the t-th draw of the run, t = 0, 1, 2, ... without end.
+
+    Draw t is image t % n of epoch t // n in a random order; order and view depend on (seed, t) alone. So the run is the
+    same for any number of workers and processes, and goes on in the middle: see `draw_batches`.
+    Images without a foreground class are left out, `skipped` counts them.
+
+    Item    see `as_item`, with H = W = crop_size; mask only with `with_masks`: the truth, 255 where void or padded;
+            broken: what was wrong with the files in whose place the next ones of the epoch are shown
+    Raises  data.DataError  if no image has a class; with_masks: if a mask is missing; at the item: if ten in a row are broken
+    """
+
+    def __init__(self, samples: list[data.Sample], num_classes: int, crop_size: int, seed: int = 0,
+                 with_masks: bool = False, scales: tuple[float, float] = (0.5, 2.0)):
+        self.samples = [sample for sample in samples if sample.labels]
+        self.skipped = len(samples) - len(self.samples)
+        if not self.samples:
+            raise data.DataError(f"none of {len(samples)} images has a foreground class: nothing to learn from; "
+                            "`python 01_data.py DATASET --check` says what is missing")
+        without = [sample.name for sample in self.samples if with_masks and sample.mask is None]
+        if without:
+            raise data.DataError(data.missing("masks (for COCO, `python 01_data.py coco` writes them from the json)", without))
+        self.num_classes, self.crop_size, self.seed = num_classes, crop_size, seed
+        self.with_masks, self.scales = with_masks, scales
+
+    def __len__(self) -> int:
+        """Images in an epoch, n."""
+        return len(self.samples)
+
+    def __getitem__(self, draw: int) -> dict:
+        epoch, place = divmod(draw, len(self))
+        order, broken = epoch_order(self.seed, epoch, len(self)), []
+        while True:
+            sample = self.samples[order[(place + len(broken)) % len(self)]]
+            try:
+                pair = data.load_pair(sample, self.num_classes, self.with_masks)
+                break
+            except data.DataError as error:
+                broken.append(str(error))
+                if len(broken) == min(10, len(self)):
+                    raise
+        pair = data.augment(*pair, self.crop_size, np.random.default_rng((self.seed, 1, draw)), self.scales)
+        return data.as_item(sample, *pair, self.num_classes) | {"broken": broken}
+
+
+def draw_batches(start: int, stop: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[range]:
+    """The draws of each step from `start` to `stop`, for this process: a `batch_sampler` for TrainDataset.
+
+    Step s of the run takes the draws s B .. (s+1) B - 1 with B = batch_size * world_size, process r the r-th batch_size
+    of them: two processes with 2 images see in each step what one process with 4 sees.
+    """
+    for step in range(start, stop):
+        first = (step * world_size + rank) * batch_size
+        yield range(first, first + batch_size)
+
+
+def collate(items: list[dict]) -> dict:
+    """Items -> a batch of numpy arrays, names as a list. Tensors would go from the loader's processes to the training by
+    sockets in TMPDIR, whose paths must be short, and by shared memory, which containers have little of."""
+    arrays = items[0].keys() - {"name", "broken"}
+    return ({key: [item[key] for item in items] for key in ("name", "broken") if key in items[0]}
+            | {key: np.stack([np.asarray(item[key]) for item in items]) for key in arrays})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,15 +305,12 @@ def start_processes(wanted: str | None) -> torch.device:
     if lacking := [name for name, value in told.items() if not value]:
         raise data.DataError(f"the environment has RANK, but not {', '.join(lacking)}: is it left over? One process needs "
                              "none of them (`unset RANK`); several are started by torchrun, which sets them all")
-    gpus = torch.cuda.device_count() if (wanted or "cuda").startswith("cuda") else 0
-    if gpus and told["LOCAL_RANK"] not in map(str, range(gpus)):
-        raise data.DataError(f"LOCAL_RANK is {told['LOCAL_RANK']}, and this machine has {gpus} GPUs; take "
-                             f"--nproc_per_node={gpus} at most")
-    device = backbone.choose_device(f"cuda:{told['LOCAL_RANK']}" if gpus else wanted)
+    on_gpus = (wanted or "cuda").startswith("cuda") and torch.cuda.is_available()
+    device = backbone.choose_device(f"cuda:{told['LOCAL_RANK']}" if on_gpus else wanted)
     try:
-        if gpus:
+        if on_gpus:
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise data.DataError(f"the processes of the run cannot meet at {told['MASTER_ADDR']}:{told['MASTER_PORT']} "
                              f"({str(error).splitlines()[0]}); take another port (torchrun --master_port=N), or for one "
@@ -253,34 +336,21 @@ def wanted_anywhere(stop: "StopRequest | None") -> bool:
 
 
 class Log:
-    """A table in a CSV file, each row on the disk at once; a resumed run drops the rows that it will make again."""
+    """A table in a CSV file, whole on the disk after each row; a resumed run drops the rows that it will make again."""
 
     def __init__(self, path: Path, last_step: int):
-        kept = []
-        if last_step and path.is_file():
-            with open(path, newline="", encoding="utf-8") as file:
-                whole = (row for row in csv.DictReader(file) if None not in row.values())  # a full disk cuts a row
-                kept = [row for row in whole if int(row["step"]) <= last_step]
-        self.path, self.columns = path, list(kept[0]) if kept else None
-        rows = [self.columns, *(row.values() for row in kept)] if kept else []
-        data.write_text(path, "".join(map(self.line, rows)))
-        self.file = open(path, "a", newline="", encoding="utf-8")
-
-    @staticmethod
-    def line(cells) -> str:
-        return ",".join(map(str, cells)) + "\r\n"
+        rows = csv.DictReader(data.read_text(path).splitlines()) if last_step and path.is_file() else ()
+        self.path, self.rows = path, [row for row in rows if int(row["step"]) <= last_step]
+        self.save()
 
     def write(self, **row) -> None:
         """The columns are those of the first row."""
-        try:
-            if self.columns is None:
-                self.columns = list(row)
-                self.file.write(self.line(self.columns))
-            self.file.write(self.line(row[column] for column in self.columns))
-            self.file.flush()
-        except OSError as error:
-            raise data.DataError(f"{self.path} could not be written ({error}). Free some space, then continue with "
-                                 "--resume") from error
+        self.rows.append(row)
+        self.save()
+
+    def save(self) -> None:
+        lines = [*self.rows[:1], *([row[column] for column in self.rows[0]] for row in self.rows)]
+        data.write_text(self.path, "".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
 def reserve_folder(args: argparse.Namespace, name: str) -> Path:
@@ -383,7 +453,7 @@ def settle(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
     samples = data.list_samples(info, root, split)
     learned_from = [(sample.name, sample.labels) for sample in samples]  # true masks may be added while a run pauses
     if args.masks not in (None, "truth"):
-        samples = data.with_masks_of(samples, args.masks)
+        samples = with_masks_of(samples, args.masks)
     first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # this one downloads and makes, the others wait
     if not first_here:
         sum_over_processes(torch.zeros(1))
@@ -440,11 +510,11 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     start, broken, described = progress["step"], set(), data.describe(samples)
     if start > cfg.max_iters:
         raise data.DataError(f"{path} has made {start} steps already, more than --max-iters {cfg.max_iters}")
-    train_set = data.TrainDataset(samples, info.num_classes, cfg.crop_size, args.seed, bool(args.masks), cfg.scale_range)
-    draws = data.draw_batches(start, cfg.max_iters, cfg.batch_size // world, rank, world)
+    train_set = TrainDataset(samples, info.num_classes, cfg.crop_size, args.seed, bool(args.masks), cfg.scale_range)
+    draws = draw_batches(start, cfg.max_iters, cfg.batch_size // world, rank, world)
     try:
         batches = iter(DataLoader(train_set, batch_sampler=draws, num_workers=args.workers,
-                                  worker_init_fn=cam.live_as_long_as_the_training, collate_fn=data.collate,
+                                  worker_init_fn=cam.live_as_long_as_the_training, collate_fn=collate,
                                   timeout=PATIENCE.total_seconds() if args.workers else 0))
     except (OSError, RuntimeError) as error:
         raise data.DataError(f"no loader process could be started ({error}); -j 0 does without them") from error
@@ -696,12 +766,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         status = run(args, device, StopRequest())
     except (RuntimeError, MemoryError) as error:
-        meaning = next((text for sign, text in ENDINGS.items() if sign in str(error)), None)
-        meaning = data.OUT_OF_MEMORY if data.out_of_memory(error) else meaning
-        if meaning is None:
+        reason = str(error).partition("\n")[0]
+        meaning = data.out_of_memory(error) or next((f"{text} ({reason})" for sign, text in ENDINGS.items() if sign in str(error)), "")
+        if not meaning:
             raise
-        raise data.DataError(f"process {rank_and_world()[0]}: {meaning} ({str(error).partition(chr(10))[0]}). What was saved "
-                             "last is whole; go on with --resume") from error
+        raise data.DataError(f"process {rank_and_world()[0]}: {meaning}. What was saved last is whole; go on with --resume") from error
     finally:
         while LOCKS:
             LOCKS.pop().close()

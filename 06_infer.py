@@ -131,7 +131,7 @@ def segment_pictures(method, args: argparse.Namespace) -> int:
             side = min(OVERLAY_SIDES[1], max(OVERLAY_SIDES[0], *mask.shape))
             data.save_picture(overlay, Image.fromarray(data.overlay(found.image, mask, info.classes, side)))
         except data.DataError as error:
-            data.complain(error)
+            backbone.complain(error)
             failed += 1
             continue
         shares = np.bincount(mask.ravel(), minlength=info.num_classes)[1:] / mask.size
@@ -184,7 +184,7 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
             for folder, labels in [(output / "predictions", prediction), *((folders[r], found.labels[r]) for r in folders)]:
                 data.save_mask(folder / f"{sample.name}.png", labels.numpy())
         except data.DataError as error:
-            data.complain(error)
+            backbone.complain(error)
             failed.append(sample.name)
             continue
         written.append(sample.name)
@@ -210,7 +210,7 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
     else:
         print("nothing is scored: no picture that could be used has a mask")
     if args.submit and failed:
-        data.complain(f"{args.submit} is not written: it would lack {len(failed)} of {len(samples)} pictures")
+        backbone.complain(f"{args.submit} is not written: it would lack {len(failed)} of {len(samples)} pictures")
     elif args.submit:
         write_submission(args.submit, output / "predictions", written)
     return len(failed)
@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
           f"{describe(args, method.cfg)}; on {device}", flush=True)
     failed = segment_pictures(method, args) if args.images else segment_split(method, args, checkpoint)
     if failed:
-        data.complain(f"{failed} pictures could not be used (see above), the others are done")
+        backbone.complain(f"{failed} pictures could not be used (see above), the others are done")
     return int(failed > 0)
 
 

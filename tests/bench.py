@@ -342,8 +342,8 @@ def bench_loader(args) -> None:
             rough = np.random.default_rng(i).integers(0, 256, (30, 40, 3), dtype=np.uint8)
             Image.fromarray(rough).resize((500, 375), Image.Resampling.BICUBIC).save(Path(folder) / f"{i}.jpg", quality=90)
         samples = [data.Sample(str(i), f"{folder}/{i}.jpg", None, (0,), "made") for i in range(16)]
-        batches = data.draw_batches(0, count // 4 + 10, 4)
-        loader = iter(DataLoader(data.TrainDataset(samples, CLASSES + 1, 320), batch_sampler=batches, num_workers=1))
+        batches = train.draw_batches(0, count // 4 + 10, 4)
+        loader = iter(DataLoader(train.TrainDataset(samples, CLASSES + 1, 320), batch_sampler=batches, num_workers=1))
         for _ in range(10):  # the worker starts, and fills its queue
             next(loader)
         loaded = count / seconds(lambda: [None for _ in loader], args.device)

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from tiny import mutated
 
 data = import_module("01_data")
+train = import_module("05_train")
 draw = import_module("shapes.draw")
 SHARED = Path(os.environ.get("SHARED_FOLDER", Path(__file__).resolve().parents[2] / "shared"))
 SAMPLES = SHARED / "samples"
@@ -237,9 +238,9 @@ def test_coco_layouts_give_the_same_labels(coco, layout):
 def test_coco_trains_with_the_json_only(coco):
     """No mask is needed for image-level labels; scoring says which command writes them."""
     samples = samples_of("coco", coco, "val")
-    assert "mask" not in data.TrainDataset(samples, 81, 16)[0]
+    assert "mask" not in train.TrainDataset(samples, 81, 16)[0]
     with pytest.raises(data.DataError, match="python 01_data.py coco"):
-        data.TrainDataset(samples, 81, 16, with_masks=True)
+        train.TrainDataset(samples, 81, 16, with_masks=True)
 
 
 def test_a_folder_with_a_table_has_its_own_classes(tmp_path):
@@ -390,7 +391,7 @@ def samples(tmp_path) -> list:
 
 def test_every_epoch_shows_every_image_once_in_a_new_order(samples):
     """Draws 0..4 are the first epoch, 5..9 the second, and so on."""
-    dataset = data.TrainDataset(samples, 4, 16, seed=1)
+    dataset = train.TrainDataset(samples, 4, 16, seed=1)
     epochs = [[dataset[draw]["name"] for draw in range(first, first + 5)] for first in (0, 5, 10)]
     assert all(sorted(epoch) == ["p0", "p1", "p2", "p3", "p4"] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
@@ -398,39 +399,39 @@ def test_every_epoch_shows_every_image_once_in_a_new_order(samples):
 
 def test_an_image_looks_different_at_every_draw(samples):
     """The view belongs to the draw, not to the image or the epoch."""
-    dataset = data.TrainDataset(samples[:1], 4, 16)
+    dataset = train.TrainDataset(samples[:1], 4, 16)
     views = {dataset[draw]["image"].numpy().tobytes() for draw in range(6)}
     assert len(views) == 6
 
 
 def test_two_processes_take_the_same_steps_as_one():
     """Rank 0 and rank 1 with 2 images each see together what one process with 4 sees; a run may start at any step."""
-    alone = list(data.draw_batches(0, 6, 4))
-    ranks = [data.draw_batches(0, 6, 2, rank, 2) for rank in (0, 1)]
+    alone = list(train.draw_batches(0, 6, 4))
+    ranks = [train.draw_batches(0, 6, 2, rank, 2) for rank in (0, 1)]
     assert [[*a, *b] for a, b in zip(*ranks)] == [list(batch) for batch in alone]
     assert sorted(draw for batch in alone for draw in batch) == list(range(24))
-    assert list(data.draw_batches(4, 6, 4)) == alone[4:]
-    assert next(data.draw_batches(0, 10**9, 4)) == range(4)  # at once, and without a list of them
+    assert list(train.draw_batches(4, 6, 4)) == alone[4:]
+    assert next(train.draw_batches(0, 10**9, 4)) == range(4)  # at once, and without a list of them
 
 
 def test_the_same_views_for_any_number_of_workers_and_after_a_resume(samples):
     """A view depends on (seed, draw) alone; workers started with `spawn` find the dataset's class by its module."""
-    dataset = data.TrainDataset(samples, 4, 16, seed=1, with_masks=True)
+    dataset = train.TrainDataset(samples, 4, 16, seed=1, with_masks=True)
     plain = [dataset[draw] for draw in range(8)]
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=data.draw_batches(1, 4, 2), num_workers=2,
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=train.draw_batches(1, 4, 2), num_workers=2,
                                          multiprocessing_context="spawn")
     for step, batch in enumerate(loader, 1):
         for row, expected in enumerate(plain[2 * step:2 * step + 2]):
             assert batch["name"][row] == expected["name"]
             assert all(torch.equal(batch[key][row], expected[key]) for key in ("image", "labels", "mask"))
     assert step == 3
-    other = data.TrainDataset(samples, 4, 16, seed=2)
+    other = train.TrainDataset(samples, 4, 16, seed=2)
     assert any(not torch.equal(other[draw]["image"], plain[draw]["image"]) for draw in range(8))
 
 
 def test_items_have_the_shapes_they_promise(samples):
     """Height before width; labels multi-hot without background; the true mask only when asked for."""
-    item = data.TrainDataset(samples, 4, 16)[3]
+    item = train.TrainDataset(samples, 4, 16)[3]
     assert item.keys() == {"name", "image", "labels", "broken"} and item["image"].shape == (3, 16, 16)
     whole = data.as_item(samples[3], *data.load_pair(samples[3], 4, True), 4)
     assert whole["image"].shape == (3, 23, 30) and whole["mask"].shape == (23, 30)
@@ -441,10 +442,10 @@ def test_items_have_the_shapes_they_promise(samples):
 def test_images_without_a_class_are_left_out_of_training_and_counted(samples):
     """There is nothing to learn from them; the released code fails on one."""
     empty = data.Sample("empty", samples[0].image, None, (), "mask")
-    dataset = data.TrainDataset([empty, *samples, empty], 4, 16)
+    dataset = train.TrainDataset([empty, *samples, empty], 4, 16)
     assert len(dataset) == 5 and dataset.skipped == 2
     with pytest.raises(data.DataError, match="none of 1 images has a foreground class"):
-        data.TrainDataset([empty], 4, 16)
+        train.TrainDataset([empty], 4, 16)
 
 
 # ---------------------------------------------------------------- masks and pictures for people

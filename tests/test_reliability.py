@@ -301,7 +301,7 @@ def test_a_loss_that_is_not_finite_stops_all_processes_and_names_their_images(wo
     argv = arguments(world, output, "--max-iters", 6, "--eval-every", 2)
     assert [ended(process) for process in ranks(start, 2, tmp_path / "said", argv, poison)] == [2, 2]
     info = data.dataset_info(str(world))
-    views = data.TrainDataset(data.list_samples(info, world, "train"), info.num_classes, 64)
+    views = train.TrainDataset(data.list_samples(info, world, "train"), info.num_classes, 64)
     for rank, draws in enumerate(((12, 13), (14, 15))):
         names = ", ".join(views[draw]["name"] for draw in draws)
         assert f"process {rank}: step 3: the loss is nan; images of the batch: {names}." in messages(tmp_path / f"said{rank}")
@@ -327,8 +327,8 @@ def test_a_picture_that_breaks_is_passed_over_by_all_runs_alike(world, start, tm
     is shown in its place, in one process and in two, so that runs stay the same."""
     copy = shutil.copytree(world, tmp_path / "copy")
     info = data.dataset_info(str(copy))
-    views = data.TrainDataset(data.list_samples(info, copy, "train"), info.num_classes, 64)
-    victim = Path(views.samples[data.epoch_order(0, 0, 8)[6]].image)  # the 7th draw: rank 1 in the second step
+    views = train.TrainDataset(data.list_samples(info, copy, "train"), info.num_classes, 64)
+    victim = Path(views.samples[train.epoch_order(0, 0, 8)[6]].image)  # the 7th draw: rank 1 in the second step
     victim.write_bytes(victim.read_bytes()[:300])
     argv = arguments(copy, tmp_path / "two", "--max-iters", 2, "-j", 1)
     assert [ended(process) for process in ranks(start, 2, tmp_path / "said", argv)] == [0, 0]
@@ -338,7 +338,7 @@ def test_a_picture_that_breaks_is_passed_over_by_all_runs_alike(world, start, tm
     assert ended(start(tmp_path / "alone", arguments(copy, tmp_path / "one", "--max-iters", 2, "-b", 4, "-j", 1))) == 0
     said = messages(tmp_path / "alone")
     assert said.count(str(victim)) == 1 and "1 training pictures were passed over" in said
-    batch = [data.TrainDataset(views.samples, 4, 64)[draw] for draw in (6, 7)]
+    batch = [train.TrainDataset(views.samples, 4, 64)[draw] for draw in (6, 7)]
     assert batch[0]["name"] == batch[1]["name"] and not batch[1]["broken"]
 
 
@@ -401,7 +401,7 @@ def test_a_long_tmpdir_is_no_matter(world, start, tmp_path):
 
 def give_no_batch():
     """Each loader worker stands still at its first picture."""
-    data.TrainDataset.__getitem__ = lambda *_: time.sleep(1000)
+    train.TrainDataset.__getitem__ = lambda *_: time.sleep(1000)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -125,7 +125,7 @@ def labels_learned_from(monkeypatch) -> list:
 
 def drawn_masks(samples) -> torch.Tensor:
     """The masks of the first epoch of a run with seed 0, all 8 pictures, cropped with them."""
-    views = data.TrainDataset(samples, 4, 64, 0, with_masks=True)
+    views = train.TrainDataset(samples, 4, 64, 0, with_masks=True)
     return torch.stack([views[t]["mask"] for t in range(8)]).long()
 
 
