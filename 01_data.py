@@ -662,9 +662,9 @@ def write_whole(path: str | Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
     except BaseException as error:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             temporary.unlink()
-        if isinstance(error, (OSError, RuntimeError)):  # torch's, when the disk is full
+        if isinstance(error, (OSError, RuntimeError, ValueError)):  # torch's, when the disk is full; Pillow's, of its limits
             raise DataError(f"{path} could not be written ({getattr(error, 'strerror', '') or error}); a file from before is "
                             "intact. Free some space, or choose another --output-dir or a shorter name") from error
         raise
