@@ -17,7 +17,6 @@ the class numbers that `python 01_data.py FOLDER` prints. Without labels.csv eac
 import argparse
 import colorsys
 import csv
-import itertools
 import json
 import os
 import re
@@ -769,12 +768,10 @@ def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int,
         cells.append(Image.new("RGB", (side + 8, small.height + 28), "white"))  # a caption that is too long ends with its cell
         cells[-1].paste(small, (4, 24))
         ImageDraw.Draw(cells[-1]).text((4, 4), caption, fill="black", font=ImageFont.load_default(14))
-    rows = [cells[start:start + columns] for start in range(0, len(cells), columns)]
-    tops = [0, *itertools.accumulate(max(cell.height for cell in row) for row in rows)]
-    sheet = Image.new("RGB", (columns * (side + 8), tops[-1]), "white")
-    for row, top in zip(rows, tops):
-        for column, cell in enumerate(row):
-            sheet.paste(cell, (column * (side + 8), top))
+    heights = [max(cell.height for cell in cells[start:start + columns]) for start in range(0, len(cells), columns)]
+    sheet = Image.new("RGB", (columns * (side + 8), sum(heights)), "white")
+    for number, cell in enumerate(cells):
+        sheet.paste(cell, (number % columns * (side + 8), sum(heights[:number // columns])))
     return sheet
 
 

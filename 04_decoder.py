@@ -675,16 +675,15 @@ def read_checkpoint(path: str | Path) -> dict:
     found = method_class(entries["method"]) if fits(entries.get("method"), str) else None
     wrong = [key for key, kind in (CHECKPOINT | TO_GO_ON).items()
              if (key in entries or key in CHECKPOINT) and not fits(entries.get(key), kind)]
+    if not wrong:
+        step, seed = entries["step"], entries.get("command", entries).get("seed", 0)
+        possible = {"step": 0 <= step <= 10**9, "evaluated": -1 <= entries.get("evaluated", 0) <= step,
+                    "seed": 0 <= seed <= 10**9, "best": -1 <= entries.get("best", 0) <= 1,
+                    "dataset": entries["dataset"] in data.SPLITS,
+                    "classes": len(entries["classes"]) == len(entries["prompts"]) < data.IGNORE_INDEX}
+        wrong = [key for key, fine in possible.items() if not fine]
     if wrong:
-        raise data.DataError(f"{path}: not a checkpoint of 05_train.py: {', '.join(wrong)} missing or of another type")
-    step, seed = entries["step"], entries.get("command", entries).get("seed", 0)
-    possible = {"step": 0 <= step <= 10**9, "evaluated": -1 <= entries.get("evaluated", 0) <= step,
-                "seed": 0 <= seed <= 10**9, "best": -1 <= entries.get("best", 0) <= 1,
-                "dataset": entries["dataset"] in data.SPLITS,
-                "classes": len(entries["classes"]) == len(entries["prompts"]) < data.IGNORE_INDEX}
-    if not all(possible.values()):
-        wrong = ", ".join(key for key, fine in possible.items() if not fine)
-        raise data.DataError(f"{path}: not a checkpoint of 05_train.py: {wrong} cannot be so")
+        raise data.DataError(f"{path}: not a checkpoint of 05_train.py: {', '.join(wrong)} missing or of an impossible type or value")
     try:
         type(found.rows["voc"])(**entries["config"])
     except (TypeError, ValueError, data.DataError) as error:
