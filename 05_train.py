@@ -659,7 +659,9 @@ def resume(path: Path, identity: dict, method, optimizer: torch.optim.Optimizer)
         method.model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
         moments = [(w, state[name]) for w, state in optimizer.state.items() for name in ("exp_avg", "exp_avg_sq")]
-        if not decoder.finite(method.model) or any(x.shape != w.shape or not x.isfinite().all() for w, x in moments):
+        sound = [s["step"] >= 0 for s in optimizer.state.values()]
+        sound += [x.shape == w.shape and x.isfinite().all() for w, x in moments]
+        if not (decoder.finite(method.model) and all(sound)):
             raise ValueError("its numbers are not finite, or its optimizer is that of another model")
         return {key: checkpoint[key] for key in ("step", "evaluated", "best")}
     except Exception as error:  # whatever a foreign file makes torch raise
