@@ -42,7 +42,7 @@ decoder = import_module("04_decoder")
 
 SINGLE = "single scale"                         # scale 1 without its mirror, as in the released scores; "segmentation" in 05
 OVERLAY_SIDES = (360, 1024)                     # pixels: overlays are to be looked at, no smaller and no larger
-SHEET_COLUMNS, SHEET_SIDE = 8, 240              # pictures of a sheet at most; pixels of each
+SHEET_COLUMNS, SHEET_SIDE = 8, 180              # pictures of a sheet at most; pixels of each
 PRINT_EVERY = 50                                # images, where there is no terminal for a bar
 VOC_FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 
