@@ -273,7 +273,7 @@ def write_submission(path: str, folder: Path, names: list[str]) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = data.CommandLine(__doc__, "checkpoint [checkpoints ...] [images ...]")
-    p.add_argument("checkpoint", help="best.pt or last.pt of 05_train.py; several (FILE.pt) before pictures are compared on a sheet")
+    p.add_argument("checkpoint", help="best.pt or last.pt of 05_train.py; several .pt before pictures: compared on a sheet")
     p.add_argument("images", nargs="*", help="pictures or folders of pictures; without any: the split is scored")
     p.add_argument("--data-path", metavar="DIR", help="where the data lies (default: data/NAME)")
     p.add_argument("--split", default="val", help="which part of the data set (default: %(default)s)")
@@ -283,7 +283,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--par", action="store_true", help="PAR on top, not the papers': no package, runs on a GPU")
     p.add_argument("--cams", action="store_true", help="CAMs and pseudo labels too, from the split's labels")
     p.add_argument("--with-labels", action="store_true", help="predict only classes that the split's labels name")
-    p.add_argument("--beside", metavar="DIR", nargs="+", default=[], help="masks DIR/NAME.png, rows of the pictures' sheet too")
+    p.add_argument("--beside", metavar="DIR", nargs="+", default=[], help="masks DIR/NAME.png: rows of the sheet too")
     p.add_argument("--submit", metavar="FILE.tgz", help="pack the predictions for the VOC server")
     p.add_argument("--output-dir", metavar="DIR",
                    help="default: predictions/ beside a picture, SPLIT/ beside the checkpoint")
@@ -328,8 +328,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.cams:
             method.ready()
         args.scales = method.cfg.scales
-        print(f"{one['method']}, trained on {one['dataset']} for {one['step']} steps; {describe(args, method.cfg)}; on {device}",
-              flush=True)
+        print(f"{one['method']}, trained on {one['dataset']} for {one['step']} steps; "
+              f"{describe(args, method.cfg)}; on {device}", flush=True)
         name = one["method"] if methods.count(one["method"]) == 1 else f"{one['method']}_{number}"
         failed = segment_pictures(method, args, name, rows) if args.images else segment_split(method, args, checkpoint)
     if len(rows) + len(args.beside) > 2 and rows["picture"]:

@@ -81,7 +81,8 @@ def main(path: str) -> None:
     whole = measured(WithAll)
     for kind, (rung, number) in SHOWN.items():
         image, truth = data.load_pair(samples[number], info.num_classes, True)
-        cells += [image, *(cell(one, rung, samples[number], image) for one in (WithAll, kind)), data.overlay(image, truth, info.classes)]
+        cells += [image, *(cell(one, rung, samples[number], image) for one in (WithAll, kind)),
+                  data.overlay(image, truth, info.classes)]
         name = {"multi-scale": "prediction"}.get(rung, rung)
         captions += ["picture", f"{name}: {whole[rung]:.1f}", f"{kind.__doc__}: {measured(kind)[rung]:.1f}", "truth"]
     sheet = data.contact_sheet(cells, captions, columns=4, side=220)

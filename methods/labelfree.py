@@ -367,8 +367,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--data-path", metavar="DIR", help="where the data lies (default: data/NAME)")
     p.add_argument("--split", default="val", help="which part of the data set (default: %(default)s)")
     p.add_argument("--per-class", action="store_true", help="print the IoU of each class too")
-    p.add_argument("--output-dir", metavar="DIR", help="where pictures go (default: predictions/ beside yours), or a split's masks: "
-                   "DIR/ROW and, with image labels, DIR/ROW_labels")
+    p.add_argument("--output-dir", metavar="DIR", help="where pictures go (default: predictions/ beside yours); of a split "
+                   "the masks, to DIR/ROW and, with image labels, DIR/ROW_labels")
     p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 (shapes: its toy)")
     p.add_argument("--dino", metavar="NAME|FILE", help="default: dinov2_vitb14_reg (with the toy CLIP the toy)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")

@@ -383,7 +383,8 @@ def test_a_split_is_scored_twice_and_a_broken_picture_stops_nothing(world, tmp_p
     (root / "images" / "8.png").write_bytes(b"no picture")
     kept, report = {}, labelfree.report
     monkeypatch.setattr(labelfree, "report", lambda matrices, *more: (kept.update(matrices), report(matrices, *more)))
-    assert labelfree.main(command(root, root, "--attention", "naclip", "cdam", "--per-class", "--output-dir", tmp_path / "masks")) == 1
+    options = ("--attention", "naclip", "cdam", "--per-class", "--output-dir", tmp_path / "masks")
+    assert labelfree.main(command(root, root, *options)) == 1
     said = capsys.readouterr()
     assert "8.png: cannot be read as a picture" in said.err and "3 pictures, and 1 that could not be used" in said.out
     assert "names only" in said.out and "tree house" in said.out and "protocol ours" in said.out

@@ -284,7 +284,7 @@ def test_the_learning_rate_falls_along_a_cosine_which_the_warm_up_multiplies(war
 
 
 def test_a_step_is_adamws_own_at_the_rate_of_that_step():
-    """The first step of AdamW has a closed form: w (1 - r d) - r g / (|g| + 1e-8), r the rate of the step and d the decay. The
+    """The first step of AdamW has a closed form: w (1 - r d) - r g / (|g| + 1e-8), r the rate of the step, d the decay. The
     pseudo labels of the batch are what the loss is given; the values are those from before the step."""
     weight, gradient = torch.tensor([3.0, -2.0, 0.5]), torch.tensor([0.4, -7.0, 0.0])
     network = torch.nn.ParameterList([weight.clone()])
