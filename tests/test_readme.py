@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from importlib import import_module
+from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import pytest
@@ -27,22 +28,23 @@ def line_of(offset: int) -> int:
     return TEXT.count("\n", 0, offset) + 1
 
 
-def section(heading: str, text: str = TEXT) -> tuple[int, str]:
+def section(heading: str) -> tuple[int, str]:
     """The first line under the heading that begins like this, and what stands there up to the next heading."""
-    found = re.search(rf"^#+ *{heading}[^\n]*\n", text, re.M | re.I)
+    found = re.search(rf"^#+ *{heading}[^\n]*\n", TEXT, re.M | re.I)
     assert found, f"README.md has no heading {heading!r}"
-    rest = text[found.end():]
-    end = re.search(r"^#+ ", re.sub(r"^```.*?^```", lambda block: " " * len(block[0]), rest, flags=re.M | re.S),
-                    re.M)
+    rest = TEXT[found.end():]
+    without_code = re.sub(r"^```.*?^```", lambda block: " " * len(block[0]), rest, flags=re.M | re.S)
+    end = re.search(r"^#+ ", without_code, re.M)
     return line_of(found.end()), rest[:end.start() if end else None]
 
 
 def table(heading: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The first table under a heading: its head, and each row with its line."""
     first, text = section(heading)
+    lines = dropwhile(lambda line: not line[1].startswith("|"), enumerate(text.split("\n"), first))
     rows = [(number, [cell.strip() for cell in line.strip().strip("|").split("|")])
-            for number, line in enumerate(text.split("\n"), first) if line.startswith("|")]
-    assert len(rows) > 2, f"README.md has no table under {heading!r}"
+            for number, line in takewhile(lambda line: line[1].startswith("|"), lines)]
+    assert len(rows) > 2, f"README.md:{first}: no table under {heading!r}"
     return rows[0][1], rows[2:]
 
 
@@ -79,7 +81,7 @@ def commands() -> list[tuple[int, list[str]]]:
                 del words[0]
             scripts = [n for n, word in enumerate(words) if word.endswith(".py")]
             starts = words and (PYTHON.match(words[0]) or words[0] == "torchrun" or (scripts[:1] == [0] and len(words) > 1))
-            if starts and scripts:
+            if starts and scripts and not words[scripts[0]].startswith("tests/test_"):  # these are pytest's
                 found.append((number, words[scripts[0]:]))
     return found
 
