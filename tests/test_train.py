@@ -291,7 +291,7 @@ def test_a_step_is_adamws_own_at_the_rate_of_that_step():
     told = {}
 
     class Method:
-        cfg = decoder.WeCLIPConfig(max_iters=1_000, lr=2e-3, warmup=50)
+        cfg = decoder.WeCLIPConfig(max_iters=1_000, lr=0.5, warmup=50)
         look = staticmethod(lambda images, for_labels, step, amp: images)
         network = staticmethod(lambda seen: seen.sum() * 0 + network[0])
 
@@ -306,7 +306,7 @@ def test_a_step_is_adamws_own_at_the_rate_of_that_step():
     values = train.train_step(Method(), optimizer, torch.ones(2, 3, 8, 9), torch.tensor([[0.0, 1], [1, 1]]), 600)
     assert values == pytest.approx({"seg": 1.5, "total": 15.2})
     assert told == {"pairs": [[0, 1], [1, 0], [1, 1]], "size": (8, 9), "step": 600}
-    rate = 2e-3 * (1 - 600 / 1_000)
+    rate = 0.5 * (1 - 600 / 1_000)
     torch.testing.assert_close(network[0].detach(), weight * (1 - 0.01 * rate) - rate * gradient / (gradient.abs() + 1e-8))
 
 
