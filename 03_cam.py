@@ -475,13 +475,16 @@ def draw_ladder(image: np.ndarray, cams: torch.Tensor, transition: torch.Tensor,
     """What each stage does to one picture (H, W, 3) uint8; the maps (K, ...) are those of the K classes `ids`.
 
     captions  {"CAM", "refined", "pseudo label"}: what is written above these
-    "affinity" shows where the activation of one patch goes, the one that the first CAM is surest of
+    "affinity" shows where the activation of one patch goes, the one that the first CAM is surest of, framed in white
     """
     def painted(maps: torch.Tensor) -> np.ndarray:
         return paint(image, maps, ids, classes)
 
-    pictures = {"image": image, captions["CAM"]: painted(cams),
-                "affinity": backbone.glow(image, transition[0, :, cams[0].argmax()].view(cams.shape[-2:])),
+    surest, large = cams[0].argmax(), data.fit(image, 360)
+    here = F.one_hot(surest, cams[0].numel()).view(1, 1, *cams.shape[-2:]).float()
+    affinity = backbone.glow(large, transition[0, :, surest].view(cams.shape[-2:]))
+    affinity[data.outline(F.interpolate(here, large.shape[:2])[0, 0].cpu().numpy())] = 255
+    pictures = {"image": image, captions["CAM"]: painted(cams), "affinity": affinity,
                 captions["refined"]: painted(min_max(flow)), "PAR": painted(scores[0, 1:].clamp(max=1)),
                 captions["pseudo label"]: data.overlay(image, label.cpu().numpy(), classes)}
     return data.contact_sheet(list(pictures.values()), list(pictures), columns=len(pictures))

@@ -8,6 +8,7 @@ Paper  WeCLIP (CVPR 2024) and WeCLIP+ (TPAMI 2025), inference: several scales an
 
     python 06_infer.py runs/shapes-weclip+/best.pt                       # score val: single scale, multi-scale + flip
     python 06_infer.py best.pt cat.jpg holiday/                          # pictures -> predictions/ beside them
+    python 06_infer.py A.pt B.pt cat.jpg --beside masks                  # and a sheet: a row for each method
     python 06_infer.py best.pt --split train_aug --cams                  # CAMs and pseudo labels of a split, scored
     python 06_infer.py best.pt --split train_aug --with-labels --crf     # masks for `05_train.py --masks`
     python 06_infer.py best.pt --split test --crf --submit results.tgz   # for the VOC server
@@ -20,6 +21,7 @@ import sys
 import tarfile
 from functools import partial
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +43,7 @@ decoder = import_module("04_decoder")
 
 SINGLE = "single scale"                         # scale 1 without its mirror, as in the released scores; "segmentation" in 05
 OVERLAY_SIDES = (360, 1024)                     # pixels: overlays are to be looked at, no smaller and no larger
+SHEET_COLUMNS, SHEET_SIDE = 8, 180              # pictures of a sheet at most; pixels of each
 PRINT_EVERY = 50                                # images, where there is no terminal for a bar
 VOC_FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 
@@ -117,10 +120,15 @@ def segment_all(method, samples: list, args: argparse.Namespace):
         yield sample, result
 
 
-def segment_pictures(method, args: argparse.Namespace) -> int:
-    """Palette PNG, overlay and a line of text for each picture of one's own. -> how many files could not be used."""
+def segment_pictures(method, args: argparse.Namespace, name: str, rows: dict[str, dict]) -> int:
+    """Palette PNG, overlay and a line of text for each picture of one's own. -> how many files could not be used.
+
+    name  of the method among several: a part of its files' names
+    rows  of the sheet, {what: {picture file: cell}}; the method's is added
+    """
     info, failed, files = method.info, 0, backbone.picture_files(args.images)
-    results = backbone.result_files(files, args.output_dir, (".png", "_overlay.png"))
+    ending, rows[name] = f"_{name}" if len(args.checkpoints) > 1 else "", {}
+    results = backbone.result_files(files, args.output_dir, (f"{ending}.png", f"{ending}_overlay.png"))
     samples = [data.Sample(file.stem, str(file), None, (), "none", as_displayed=True) for file in files]
     for (sample, found), (prediction, overlay) in zip(segment_all(method, samples, args), results):
         try:
@@ -137,7 +145,22 @@ def segment_pictures(method, args: argparse.Namespace) -> int:
         shares = np.bincount(mask.ravel(), minlength=info.num_classes)[1:] / mask.size
         seen = [f"{info.classes[c]} {shares[c]:.1%}" for c in np.argsort(-shares) if shares[c]]
         tqdm.write(f"{sample.image} -> {prediction}: {', '.join(seen) or 'background only'}")
+        if sample.image in rows["picture"] or len(rows["picture"]) < SHEET_COLUMNS:
+            rows["picture"][sample.image] = data.fit(found.image, SHEET_SIDE)
+            rows[name][sample.image] = data.overlay(found.image, mask, info.classes, SHEET_SIDE)
     return failed
+
+
+def save_sheet(rows: dict[str, dict], info, args: argparse.Namespace) -> None:
+    """A column for each picture; a row for each method and for each folder of masks beside them."""
+    for folder in args.beside:
+        rows[folder] = {file: data.overlay(image, data.load_mask(Path(folder) / f"{Path(file).stem}.png", info.num_classes),
+                                           info.classes, SHEET_SIDE) for file, image in rows["picture"].items()}
+    blank = np.full((1, 1, 3), 255, np.uint8)  # where a picture of this method could not be written
+    cells, captions = zip(*((row.get(file, blank), name) for name, row in rows.items() for file in rows["picture"]))
+    [[target]] = backbone.result_files([Path(next(iter(rows["picture"])))], args.output_dir, ("_sheet.png",))
+    data.save_picture(target, data.contact_sheet(cells, captions, len(rows["picture"]), SHEET_SIDE))
+    print(f"{target}: a row for each of {', '.join(rows)}")
 
 
 def split_samples(info, split: str, data_path: str | None) -> list:
@@ -252,8 +275,8 @@ def write_submission(path: str, folder: Path, names: list[str]) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = data.CommandLine(__doc__, "checkpoint [images ...]")
-    p.add_argument("checkpoint", help="best.pt or last.pt of 05_train.py")
+    p = data.CommandLine(__doc__, "checkpoint [checkpoints ...] [images ...]")
+    p.add_argument("checkpoint", help="best.pt or last.pt of 05_train.py; several .pt before pictures: compared on a sheet")
     p.add_argument("images", nargs="*", help="pictures or folders of pictures; without any: the split is scored")
     p.add_argument("--data-path", metavar="DIR", help="where the data lies (default: data/NAME)")
     p.add_argument("--split", default="val", help="which part of the data set (default: %(default)s)")
@@ -263,6 +286,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--par", action="store_true", help="PAR on top, not the papers': no package, runs on a GPU")
     p.add_argument("--cams", action="store_true", help="CAMs and pseudo labels too, from the split's labels")
     p.add_argument("--with-labels", action="store_true", help="predict only classes that the split's labels name")
+    p.add_argument("--beside", metavar="DIR", nargs="+", default=[], help="masks DIR/NAME.png: rows of the sheet too")
     p.add_argument("--submit", metavar="FILE.tgz", help="pack the predictions for the VOC server")
     p.add_argument("--output-dir", metavar="DIR",
                    help="default: predictions/ beside a picture, SPLIT/ beside the checkpoint")
@@ -274,7 +298,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("-j", "--workers", type=partial(data.count, most=256), metavar="N",
                    default=max(1, min(8, (os.cpu_count() or 1) // 2)),
                    help="processes for the CRF (default: half of the cores, at most 8)")
-    return p.parse_intermixed_args(argv)  # `ckpt --crf cat.jpg` too
+    args = p.parse_intermixed_args(argv)  # `ckpt --crf cat.jpg` too
+    args.checkpoints = [args.checkpoint, *takewhile(lambda path: path.endswith(".pt"), args.images)]
+    args.images = args.images[len(args.checkpoints) - 1:]
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -283,11 +310,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.images and (args.cams or args.with_labels or args.submit):
         raise data.DataError("--cams, --with-labels and --submit are for a split: pictures of your own have no image-level "
                              "labels (python 03_cam.py PICTURE --classes ... takes them from you)")
+    if not args.images and (args.checkpoints[1:] or args.beside):
+        raise data.DataError("several checkpoints, and --beside, are for a sheet of pictures; name some pictures")
     if args.crf:
         cam.crf_package()  # missing? say so now and not after the first picture
     device = backbone.choose_device(args.device)
     args.amp = backbone.half_precision(device) if args.amp else None
-    checkpoint = decoder.read_checkpoint(args.checkpoint)
+    checkpoint, *others = map(decoder.read_checkpoint, args.checkpoints)
     if args.cams and not decoder.method_class(checkpoint["method"]).rungs:
         raise data.DataError(f"{args.checkpoint}: {checkpoint['method']} makes no CAMs and pseudo labels; leave out --cams")
     if args.submit and (checkpoint["dataset"], args.split) != ("voc", "test"):
@@ -297,13 +326,18 @@ def main(argv: list[str] | None = None) -> int:
         raise data.DataError(f"{Path(args.submit).absolute().parent}: no such folder for --submit; make it first")
     options = {what: getattr(args, what) for what in ("clip", "dino", "attention") if getattr(args, what)}
     options |= {"scales": tuple(args.scales)} if args.scales else {}
-    method = decoder.restore(checkpoint, args.checkpoint, options, device)
-    if args.cams:
-        method.ready()
-    args.scales = method.cfg.scales
-    print(f"{checkpoint['method']}, trained on {checkpoint['dataset']} for {checkpoint['step']} steps; "
-          f"{describe(args, method.cfg)}; on {device}", flush=True)
-    failed = segment_pictures(method, args) if args.images else segment_split(method, args, checkpoint)
+    methods, rows, failed = [one["method"] for one in (checkpoint, *others)], {"picture": {}}, 0
+    for number, (path, one) in enumerate(zip(args.checkpoints, (checkpoint, *others)), 1):
+        method = decoder.restore(one, path, options, device)
+        if args.cams:
+            method.ready()
+        args.scales = method.cfg.scales
+        print(f"{one['method']}, trained on {one['dataset']} for {one['step']} steps; "
+              f"{describe(args, method.cfg)}; on {device}", flush=True)
+        name = one["method"] if methods.count(one["method"]) == 1 else f"{one['method']}_{number}"
+        failed = max(failed, segment_pictures(method, args, name, rows) if args.images else segment_split(method, args, checkpoint))
+    if len(rows) + len(args.beside) > 2 and rows["picture"]:
+        save_sheet(rows, method.info, args)
     if failed:
         backbone.complain(f"{failed} pictures could not be used (see above), the others are done")
     return int(failed > 0)

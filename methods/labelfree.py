@@ -9,6 +9,7 @@ Paper  seven published ways to make CLIP's patches speak, each by another attent
     python methods/labelfree.py cat.jpg --classes cat sofa                    # a panel for each row of the table
     python methods/labelfree.py cat.jpg --classes cat "sofa, couch" --attention naclip --pamr
     python methods/labelfree.py shapes                                        # the toy world; voc, coco and FOLDER too
+    python methods/labelfree.py shapes --attention sclip --output-dir masks   # and its masks, by names only and with labels
     python methods/labelfree.py voc --attention naclip --protocol released --per-class
 
 Two protocols, never to be compared with one another: `ours` is one for all rows (ProxyCLIP's windows and words, no threshold;
@@ -365,7 +366,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--data-path", metavar="DIR", help="where the data lies (default: data/NAME)")
     p.add_argument("--split", default="val", help="which part of the data set (default: %(default)s)")
     p.add_argument("--per-class", action="store_true", help="print the IoU of each class too")
-    p.add_argument("--output-dir", metavar="DIR", help="where pictures go (default: predictions/ beside yours)")
+    p.add_argument("--output-dir", metavar="DIR", help="where pictures go (default: predictions/ beside yours); of a split "
+                   "the masks, to DIR/ROW and, with image labels, DIR/ROW_labels")
     p.add_argument("--clip", metavar="NAME|FILE", help="default: ViT-B/16 (shapes: its toy)")
     p.add_argument("--dino", metavar="NAME|FILE", help="default: dinov2_vitb14_reg (with the toy CLIP the toy)")
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
@@ -405,6 +407,8 @@ def main(argv: list[str] | None = None) -> int:
             draw(image, maps, *targets[number], info.classes)
             continue
         for name, both in maps.items():
+            for folder, label in zip((name, f"{name}_labels"), both if args.output_dir else ()):
+                data.save_mask(Path(args.output_dir) / folder / f"{sample.name}.png", label.numpy())
             matrices[name] = [before + cam.confusion_matrix(torch.from_numpy(truth), label, info.num_classes)
                               for before, label in zip(matrices[name], both)]
     if not args.classes and failed < len(samples):

@@ -103,6 +103,32 @@ def read(path):
 
 # ---------------------------------------------------------------------------------------------------------- pictures
 
+def test_several_checkpoints_leave_their_own_files_and_a_row_each_on_one_sheet(home, tmp_path, capsys):
+    """Each as if it were alone; masks beside them are rows too; the checkpoints may be of one method or of other classes."""
+    for seed, name in enumerate("ab"):
+        Image.fromarray(noise_picture(seed, 48, 48)).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    pictures, checkpoints = [str(tmp_path / name) for name in ("a.png", "broken.png", "b.png")], ("best.pt", "voc.pt")
+    out = [tmp_path / name for name in ("together", *checkpoints)]
+    paths = [str(home / name) for name in checkpoints]
+    for argv, output in zip(([*paths], [paths[0]], [paths[1]]), out):
+        assert infer.main([*argv, *pictures, "--output-dir", str(output)]) == 1
+    assert "error: 1 pictures could not be used" in capsys.readouterr().err
+    names = {f"{picture}_weclip+_{number}{end}.png" for picture in "ab" for number in (1, 2) for end in ("", "_overlay")}
+    assert {path.name for path in out[0].iterdir()} == names | {"a_sheet.png"}
+    for number, alone in enumerate(out[1:], 1):
+        for picture in "ab":
+            np.testing.assert_array_equal(read(out[0] / f"{picture}_weclip+_{number}.png"), read(alone / f"{picture}.png"))
+    pictures.remove(str(tmp_path / "broken.png"))
+    assert infer.main([paths[0], *pictures, "--output-dir", str(tmp_path / "beside"), "--beside", str(out[1])]) == 0
+    sheet = read(tmp_path / "beside" / "a_sheet.png")
+    rows = [cell for cell in np.split(sheet, np.flatnonzero((sheet == 255).all(axis=(1, 2))))]
+    drawn = [row for row in rows if len(row) > infer.SHEET_SIDE / 2]
+    assert len(drawn) == 3 and sheet.shape[1] == 2 * (infer.SHEET_SIDE + 8)
+    np.testing.assert_array_equal(drawn[1], drawn[2])  # the masks beside are those that it found
+    assert (drawn[0] != drawn[1]).any()
+
+
 def test_pictures_of_any_size_and_mode_are_segmented_and_a_broken_one_stops_nothing(home, tmp_path):
     """From any folder, on any folder: each good file gets its palette PNG and overlay, each bad one a line."""
     folder = tmp_path / "my pictures"
@@ -443,6 +469,9 @@ def test_data_of_other_classes_is_refused_and_both_lists_are_named(home, tmp_pat
     (["best.pt", "a.png", "--with-labels"], "image-level labels"),
     (["best.pt", "a.png", "--submit", "x.tgz"], "image-level labels"),
     (["best.pt", "--data-path", "own", "--submit", "x.tgz"], "VOC's server"),
+    (["best.pt", "voc.pt"], "name some pictures"),
+    (["best.pt", "--data-path", "own", "--beside", "own/masks"], "name some pictures"),
+    (["best.pt", "nothing.pt", "a.png"], "nothing.pt"),
     (["best.pt", "."], "no pictures in there"),
     (["best.pt", "a.png", "--device", "toaster"], "--device toaster"),
     (["nothing.pt", "a.png"], "nothing.pt"),

@@ -383,7 +383,8 @@ def test_a_split_is_scored_twice_and_a_broken_picture_stops_nothing(world, tmp_p
     (root / "images" / "8.png").write_bytes(b"no picture")
     kept, report = {}, labelfree.report
     monkeypatch.setattr(labelfree, "report", lambda matrices, *more: (kept.update(matrices), report(matrices, *more)))
-    assert labelfree.main(command(root, root, "--attention", "naclip", "cdam", "--per-class")) == 1
+    options = ("--attention", "naclip", "cdam", "--per-class", "--output-dir", tmp_path / "masks")
+    assert labelfree.main(command(root, root, *options)) == 1
     said = capsys.readouterr()
     assert "8.png: cannot be read as a picture" in said.err and "3 pictures, and 1 that could not be used" in said.out
     assert "names only" in said.out and "tree house" in said.out and "protocol ours" in said.out
@@ -393,6 +394,12 @@ def test_a_split_is_scored_twice_and_a_broken_picture_stops_nothing(world, tmp_p
     for both in kept.values():
         assert [int(matrix.sum()) for matrix in both] == [3 * 84 * 70] * 2 and not both[1][mixed_up].any()
     assert any(both[0][mixed_up].any() for both in kept.values())
+    for name, both in kept.items():  # the masks that are written are those that are counted
+        for folder, matrix in zip((name, f"{name}_labels"), both):
+            files = sorted((tmp_path / "masks" / folder).iterdir())
+            assert [file.name for file in files] == ["10.png", "11.png", "9.png"]
+            found = np.concatenate([data.load_mask(file, 4).ravel() for file in files])
+            assert np.bincount(found, minlength=4).tolist() == matrix.sum(dim=0).tolist()
 
 
 def test_the_released_protocol_is_each_rows_own(world, few_templates):

@@ -156,8 +156,8 @@ def test_what_makes_no_labels_says_so_where_labels_are_asked_for(name, method, w
         decoder.main(["--method", name])
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_each_file_of_methods_says_how_it_is_used(file):
+@pytest.mark.parametrize("file", [name for name in FILES if "__main__" in (ROOT / f"methods/{name}.py").read_text("utf-8")])
+def test_each_file_of_methods_that_runs_says_how_it_is_used(file):
     assert f"methods/{file}.py" in run(ROOT / "methods", f"{file}.py", "--help")
 
 

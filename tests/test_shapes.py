@@ -132,6 +132,18 @@ def test_a_glow_is_brightest_where_it_is_hottest():
     assert (shown == 35).all()
 
 
+def test_the_patch_whose_affinity_is_shown_is_framed():
+    """Where the first CAM is surest, in white; the picture itself is dark."""
+    cams, image = torch.zeros(1, 4, 5), np.full((48, 60, 3), 10, np.uint8)
+    cams[0, 2, 3] = 1
+    sheet = cam.draw_ladder(image, cams, torch.full((1, 20, 20), 1e-9).index_fill(1, torch.tensor([0]), 1), cams,
+                            torch.zeros(1, 2, 48, 60), torch.zeros(48, 60, dtype=torch.long), [0], ("cat",),
+                            {name: "" for name in ("CAM", "refined", "pseudo label")})
+    panel = np.asarray(sheet)[24:24 + 192, 2 * 248 + 4:3 * 248 - 4]
+    rows, columns = ((panel == 255).all(axis=2)).nonzero()
+    assert rows.min() // 48 == rows.max() // 48 == 2 and columns.min() // 48 == columns.max() // 48 == 3
+
+
 def test_what_looks_alike_has_one_colour():
     """Three kinds of patches, told apart by three axes of the features: equal features equal colours, others others."""
     kinds = torch.tensor([[0, 0, 1, 2], [3, 1, 2, 3]])

@@ -269,6 +269,33 @@ def test_the_learning_rate_falls_along_a_cosine_which_the_warm_up_multiplies(war
     assert rates == pytest.approx(expected, rel=1e-9)
 
 
+def test_a_step_is_adamws_own_at_the_rate_of_that_step():
+    """The first step of AdamW has a closed form: w (1 - r d) - r g / (|g| + 1e-8), r the rate of the step, d the decay. The
+    pseudo labels of the batch are what the loss is given; the values are those from before the step."""
+    weight, gradient = torch.tensor([3.0, -2.0, 0.5]), torch.tensor([0.4, -7.0, 0.0])
+    network = torch.nn.ParameterList([weight.clone()])
+    told = {}
+
+    class Method:
+        cfg = decoder.WeCLIPConfig(max_iters=1_000, lr=0.5, warmup=50)
+        look = staticmethod(lambda images, for_labels, step, amp: images)
+        network = staticmethod(lambda seen: seen.sum() * 0 + network[0])
+
+        def pseudo_labels(self, images, pairs, seen, prediction, size, step):
+            told.update(pairs=pairs.tolist(), size=tuple(size), step=step)
+            return type("Rungs", (), {"labels": gradient})
+
+        def losses(self, prediction, labels, step):
+            return {"seg": prediction.sum(), "total": (prediction * labels).sum()}
+
+    optimizer = train.make_optimizer(network, 1.0)
+    values = train.train_step(Method(), optimizer, torch.ones(2, 3, 8, 9), torch.tensor([[0.0, 1], [1, 1]]), 600)
+    assert values == pytest.approx({"seg": 1.5, "total": 15.2})
+    assert told == {"pairs": [[0, 1], [1, 0], [1, 1]], "size": (8, 9), "step": 600}
+    rate = 0.5 * (1 - 600 / 1_000)
+    torch.testing.assert_close(network[0].detach(), weight * (1 - 0.01 * rate) - rate * gradient / (gradient.abs() + 1e-8))
+
+
 def without_dropout(monkeypatch) -> None:
     """Its noise differs between one process and two."""
     build = decoder.WeCLIP.build
