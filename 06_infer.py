@@ -157,7 +157,7 @@ def save_sheet(rows: dict[str, dict], info, args: argparse.Namespace) -> None:
         rows[folder] = {file: data.overlay(image, data.load_mask(Path(folder) / f"{Path(file).stem}.png", info.num_classes),
                                            info.classes, SHEET_SIDE) for file, image in rows["picture"].items()}
     cells, captions = zip(*((cell, name) for name, row in rows.items() for cell in row.values()))
-    [[target]] = backbone.result_files([Path(next(iter(rows["picture"])))], args.output_dir, ("_sheet.png",))
+    [target], *_ = backbone.result_files([*map(Path, rows["picture"])], args.output_dir, ("_sheet.png",))
     data.contact_sheet(cells, captions, len(rows["picture"]), SHEET_SIDE).save(target)
     print(f"{target}: a row for each of {', '.join(rows)}")
 
