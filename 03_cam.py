@@ -300,8 +300,8 @@ def crf_package() -> tuple:
     try:
         return import_module("pydensecrf.densecrf"), import_module("pydensecrf.utils")
     except ImportError as error:
-        raise data.DataError("the dense CRF needs the package pydensecrf2: `pip install pydensecrf2`, with a C++ compiler and "
-                             f"Python <= 3.12; or leave --crf away ({error})") from error
+        raise data.DataError("the dense CRF needs the package pydensecrf2: `pip install pydensecrf2`, with a C++ compiler (Python "
+                             f"3.13: see README, Troubleshooting); or leave --crf away ({error})") from error
 
 
 def crf(image: np.ndarray, probs: np.ndarray, iterations: int = 10, gaussian: tuple[float, float] = (3, 3),

@@ -158,7 +158,7 @@ def save_sheet(rows: dict[str, dict], info, args: argparse.Namespace) -> None:
                                            info.classes, SHEET_SIDE) for file, image in rows["picture"].items()}
     blank = np.full((1, 1, 3), 255, np.uint8)  # where a picture of this method could not be written
     cells, captions = zip(*((row.get(file, blank), name) for name, row in rows.items() for file in rows["picture"]))
-    [[target]] = backbone.result_files([Path(next(iter(rows["picture"])))], args.output_dir, ("_sheet.png",))
+    [target], *_ = backbone.result_files([*map(Path, rows["picture"])], args.output_dir, ("_sheet.png",))
     data.save_picture(target, data.contact_sheet(cells, captions, len(rows["picture"]), SHEET_SIDE))
     print(f"{target}: a row for each of {', '.join(rows)}")
 

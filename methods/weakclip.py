@@ -502,7 +502,7 @@ class WeakCLIP(decoder.WeCLIP):
                 cam.crf_package()
         except data.DataError as error:
             raise data.DataError("the boundary loss needs the package pydensecrf2 (`pip install pydensecrf2`, with a C++ "
-                                 "compiler and Python <= 3.12); --boundary-weight 0 leaves that loss out") from error
+                                 "compiler; Python 3.13: see README); --boundary-weight 0 leaves that loss out") from error
 
     def look(self, images, for_labels, step=None, amp=None):
         drop_path = self.cfg.drop_path if self.model.training else 0
