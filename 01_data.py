@@ -29,18 +29,18 @@ import unicodedata
 import zlib
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, partial, reduce
 from importlib import import_module
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # our folder, wherever we are started from
@@ -146,8 +146,7 @@ def dataset_info(name_or_folder: str, background: list[str] | None = None) -> Da
                             "write labels.csv (file,class;class) or make one sub-folder of pictures per class")
         words = tuple(word for word in VOC_BACKGROUND if word not in classes)
         info = DatasetInfo("folder", classes, tuple(name.replace("_", " ") for name in classes), words, str(root))
-        twice = [prompt for prompt, number in Counter(map(str.lower, info.prompts)).items() if number > 1]
-        if twice:
+        if twice := [prompt for prompt, number in Counter(map(str.lower, info.prompts)).items() if number > 1]:
             raise DataError(f"{name_or_folder}: two classes that CLIP reads as {', '.join(twice)}; give them one name")
         if odd := [repr(name) for name in classes if not name.isprintable()]:  # bytes that are no UTF-8 among them
             raise DataError(f"{name_or_folder}: control characters in class names: {', '.join(odd)}; rename them, in UTF-8")
@@ -213,14 +212,9 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 def turned(image: Image.Image) -> Image.Image:
     """The picture as people see it. A broken EXIF tag costs the tag and not the picture."""
     image.load()
-    try:
-        orientation = image.getexif().get(0x0112)
-    except Exception:  # whatever Pillow makes of broken tags
-        return image
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
-
-
-TURNS = dict(zip(range(2, 9), (Image.Transpose(number) for number in (0, 3, 1, 5, 4, 6, 2))))  # EXIF orientation -> what undoes it
+    with suppress(Exception):  # whatever Pillow makes of broken tags
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def load_image(path: str | Path, as_displayed: bool = False) -> np.ndarray:
@@ -246,8 +240,7 @@ def load_mask(path: str | Path, num_classes: int, size_hw: tuple[int, int] | Non
     if size_hw is not None and mask.shape != tuple(size_hw):
         raise DataError(f"{path}: mask of {mask.shape} (height, width) for a picture of {tuple(size_hw)}; "
                         "make it the picture's size, without interpolation")
-    wrong = [int(value) for value in np.unique(mask) if num_classes <= value != IGNORE_INDEX]
-    if wrong:
+    if wrong := [int(value) for value in np.unique(mask) if num_classes <= value != IGNORE_INDEX]:
         raise DataError(f"{path}: values {wrong[:10]} are no class; wanted 0..{num_classes - 1}, or 255 for void")
     return mask
 
@@ -277,8 +270,7 @@ class Sample:
     as_displayed: bool = False  # picture and mask are read as people see them: a folder of one's own; else as they are stored
 
 
-def list_samples(info: DatasetInfo, root: str | Path | None, split: str,
-                 problems: list[str] | None = None) -> list[Sample]:
+def list_samples(info: DatasetInfo, root: str | Path | None, split: str, problems: list[str] | None = None) -> list[Sample]:
     """Which pictures does a split have, and which classes does each one show?
 
     info, root  from `dataset_info` and `find_root` (or anything `find_root` accepts as data_path)
@@ -396,19 +388,16 @@ def xml_labels(path: Path, classes: tuple[str, ...]) -> tuple[int, ...]:
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise DataError(f"{path}: broken XML ({error}); take the file out of the archive again") from error
     if tree.tag != "annotation":
-        raise DataError(f"{path}: not an annotation of VOC's kind: it begins with <{tree.tag}>, wanted <annotation> without a "
-                        "namespace, with <object><name> inside; export it as Pascal VOC")
-    objects = tree.findall("object")  # not iter(): the parts of a body are named inside
-    names = list(dict.fromkeys((found.findtext("name") or "").strip() for found in objects))
+        raise DataError(f"{path}: not an annotation of VOC's kind: it begins with <{tree.tag}>; export it as Pascal VOC")
+    # not iter("object"): the parts of a body are named inside
+    names = list(dict.fromkeys((found.findtext("name") or "").strip() for found in tree.findall("object")))
     return class_numbers(names, classes, path)
 
 
 def class_numbers(names: list[str], classes: tuple[str, ...], file: Path) -> tuple[int, ...]:
     """0-based, in the order of `names`."""
-    unknown = [name for name in names if name not in classes]
-    if unknown:
-        raise DataError(f"{file}: unknown class {', '.join(map(repr, unknown[:10]))}; "
-                        f"wanted one of {', '.join(classes)}")
+    if unknown := [name for name in names if name not in classes]:
+        raise DataError(f"{file}: unknown class {', '.join(map(repr, unknown[:10]))}; wanted one of {', '.join(classes)}")
     return tuple(classes.index(name) for name in names)
 
 
@@ -561,20 +550,18 @@ def folder_samples(info: DatasetInfo, root: Path, split: str, problems: list[str
     """A row is a sample, cat/a.jpg is called cat/a; its mask, if any, is masks/cat/a.png."""
     rows = [(Path(file).with_suffix("").as_posix(), file, classes)
             for file, classes, part in folder_rows(root) if part == split]
-    twice = [name for name, count in Counter(name for name, _, _ in rows).items() if count > 1]
-    if twice:
+    if twice := [name for name, count in Counter(name for name, _, _ in rows).items() if count > 1]:
         problems.append(f"{root}: {', '.join(twice[:10])} in more than one line or with more than one suffix; wanted one line "
                         "per picture (file,class;class) and different names")
     folder, source = picture_folder(root), "csv" if (root / "labels.csv").exists() else "folder"
     there = {nfc(path.relative_to(folder).as_posix()): path for path in folder.rglob("*")}  # a Mac writes accents otherwise
-    pictures = {name: there.get(file, folder / file) for name, file, _ in rows}
-    masks = {name: root / "masks" / f"{name}.png" for name, _, _ in rows}
+    pictures = {name: path for name, file, _ in rows if (path := there.get(file, folder / file)).is_file()}
+    masks = {name: path for name, _, _ in rows if (path := root / "masks" / f"{name}.png").is_file()}
     labels = {name: classes for name, _, classes in rows}
 
     def read_labels(name: str) -> tuple[int, ...]:
         return tuple(sorted(set(class_numbers(labels[name], info.classes, pictures[name]))))
 
-    pictures, masks = ({name: path for name, path in paths.items() if path.is_file()} for paths in (pictures, masks))
     samples = join_samples(info, split, folder, list(labels), pictures, masks, read_labels, source, problems)
     return [replace(sample, as_displayed=True) for sample in samples]
 
@@ -625,10 +612,7 @@ def augment(image: np.ndarray, mask: np.ndarray | None, size: int, rng: np.rando
 
 def check_sum(parts: Iterable[bytes]) -> str:
     """Was it the same? 8 hex digits."""
-    total = 0
-    for part in parts:
-        total = zlib.crc32(part, total)
-    return f"{total:08x}"
+    return f"{reduce(lambda total, part: zlib.crc32(part, total), parts, 0):08x}"
 
 
 def load_pair(sample: Sample, num_classes: int, with_mask: bool) -> tuple[np.ndarray, np.ndarray | None]:
@@ -730,12 +714,12 @@ def overlay(image: np.ndarray, mask: np.ndarray, classes: tuple[str, ...], side:
 
     image (H, W, 3) uint8, mask (H, W), classes the names of 1, 2, ... -> (h + legend, w, 3) uint8, `side` pixels long
     """
-    colours, values = display_colours(), [value for value in np.unique(mask).tolist() if 0 < value <= len(classes)]
+    colours, shown = display_colours(), mask_labels(mask)
     image, mask = fit(image, side), fit(mask.astype(np.uint8), side, Image.Resampling.NEAREST)
     tinted = .5 * image.mean(axis=2, keepdims=True) + .5 * colours[mask]  # grey below: one colour, one class
     tinted = np.where(mask[..., None] > 0, tinted, image)
     tinted = np.where(outline(mask)[..., None], colours[mask], tinted).round().astype(np.uint8)
-    return legend(tinted, [value - 1 for value in values], classes)
+    return legend(tinted, shown, classes)
 
 
 def outline(regions: np.ndarray) -> np.ndarray:
@@ -746,7 +730,7 @@ def outline(regions: np.ndarray) -> np.ndarray:
     return (regions > 0) & np.any([piece != regions for piece in shifted], axis=0)
 
 
-def legend(picture: np.ndarray, class_ids: list[int], classes: tuple[str, ...]) -> np.ndarray:
+def legend(picture: np.ndarray, class_ids: Sequence[int], classes: tuple[str, ...]) -> np.ndarray:
     """A line below the picture for each of the 0-based classes, with its colour."""
     font, line = ImageFont.load_default(14), 20
     canvas = Image.new("RGB", (max(picture.shape[1], 120), picture.shape[0] + line * len(class_ids)), "white")
@@ -763,8 +747,7 @@ def contact_sheet(pictures: list[np.ndarray], captions: list[str], columns: int,
     cells = []
     for picture, caption in zip(pictures, captions, strict=True):
         height, width = picture.shape[:2]
-        factor = min(side / width, 3 * side / height)
-        small = Image.fromarray(picture).resize((max(1, round(factor * width)), max(1, round(factor * height))))
+        small = Image.fromarray(fit(picture, max(height, width) * min(side / width, 3 * side / height)))
         cells.append(Image.new("RGB", (side + 8, small.height + 28), "white"))  # a caption that is too long ends with its cell
         cells[-1].paste(small, (4, 24))
         ImageDraw.Draw(cells[-1]).text((4, 4), caption, fill="black", font=ImageFont.load_default(14))
@@ -791,17 +774,14 @@ def run_lengths(text: str) -> list[int]:
 
 
 def object_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """(H, W) bool of one COCO object, drawn by pycocotools: polygons, or {"counts": run lengths by columns}, compressed or not.
+    """(H, W) bool of one COCO object: polygons, drawn by pycocotools, or {"counts": run lengths by columns}, maybe packed.
 
     A polygon of two points has no area: nothing is drawn. Raises ValueError for what is no segmentation of this picture
     """
-    try:
-        official = import_module("pycocotools.mask")
-    except ImportError as error:
-        raise DataError("COCO's masks are drawn by the package pycocotools: `pip install pycocotools`") from error
     if not segmentation:
         raise ValueError("it has a box and no segmentation; take COCO's instances_*.json")
     if isinstance(segmentation, list):
+        official = import_module("pycocotools.mask")
         polygons = [np.asarray(polygon, np.float64) for polygon in segmentation]
         if any(len(corners) % 2 or not (np.abs(corners) < 10 * max(height, width)).all() for corners in polygons):
             raise ValueError("a polygon with half a corner, or one far outside the picture")
@@ -810,10 +790,9 @@ def object_mask(segmentation: list | dict, height: int, width: int) -> np.ndarra
         return official.decode(runs).astype(bool) if polygons else np.zeros((height, width), bool)
     counts, size = segmentation["counts"], segmentation.get("size", [height, width])
     counts = run_lengths(counts) if isinstance(counts, str) else counts
-    whole = all(isinstance(count, int) and count >= 0 for count in counts)
-    if not whole or list(size) != [height, width] or sum(counts) != height * width:  # pycocotools would write elsewhere
+    if list(size) != [height, width] or sum(counts) != height * width:
         raise ValueError(f"run lengths of {sum(counts)} pixels, {size}, for a picture of {[height, width]} (height, width)")
-    return official.decode(official.frPyObjects({"counts": counts, "size": [height, width]}, height, width)).astype(bool)
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
 def coco_mask(height: int, width: int, objects: list, name: str) -> np.ndarray:
@@ -824,8 +803,8 @@ def coco_mask(height: int, width: int, objects: list, name: str) -> np.ndarray:
     for number, segmentation, identity in objects:
         try:
             masks.append((object_mask(segmentation, height, width), number))
-        except DataError:
-            raise
+        except ImportError as error:
+            raise DataError("COCO's masks are drawn by the package pycocotools: `pip install pycocotools`") from error
         except Exception as error:  # pycocotools raises just that
             raise DataError(f"{name}: no mask is written, object {identity} cannot be drawn ({error}); correct it in the "
                             "json, or take it out") from error
@@ -875,10 +854,9 @@ def contradiction(differing: int, masks: int) -> str:
             "is void; classes are numbered from 0, which is background; the palette is another; masks are from before the labels")
 
 
-def report(info: DatasetInfo, root: Path, thorough: bool) -> list[str]:
-    """Print what each split has. -> all problems found; `thorough` opens every file and compares masks with labels."""
-    problems: list[str] = []
-    seen, used = set(), {str(root / "labels.csv")}
+def report(info: DatasetInfo, root: Path, thorough: bool, problems: list[str]) -> None:
+    """Print what each split has; all problems are added. `thorough` opens every file and compares masks with labels."""
+    used = {str(root / "labels.csv")}
     for split, published in SPLITS[info.name].items():
         try:
             samples = list_samples(info, root, split, problems)
@@ -889,6 +867,7 @@ def report(info: DatasetInfo, root: Path, thorough: bool) -> list[str]:
                 problems.append(str(error))
             continue
         print(f"{split:10} {describe(samples)}")
+        new = [sample for sample in samples if sample.image not in used]
         used.update(path for sample in samples for path in (sample.image, sample.mask))
         of_2017 = info.name == "coco" and coco_places(root, split)[0].name.endswith("2017")  # another division of the same
         if published not in (None, len(samples)) and not of_2017:
@@ -897,32 +876,24 @@ def report(info: DatasetInfo, root: Path, thorough: bool) -> list[str]:
         line = ", ".join(f"{name} {counts[name]}" for name in info.classes)
         print(textwrap.indent(textwrap.fill(line, 100), " " * 11) if samples else "", end="\n" * bool(samples))
         if thorough:
-            todo = [sample for sample in samples if sample.image not in seen]
-            seen.update(sample.image for sample in todo)
-            with ThreadPoolExecutor() as pool:
-                results = list(tqdm(pool.map(partial(inspect, num_classes=info.num_classes), todo), total=len(todo),
-                                    desc=f"opening {split}", disable=None))
-            differing, masks = sum(differs for _, differs in results), sum(sample.mask is not None for sample in todo)
+            results = thread_map(partial(inspect, num_classes=info.num_classes), new, desc=f"opening {split}", disable=None)
+            differing, masks = sum(differs for _, differs in results), sum(sample.mask is not None for sample in new)
             problems += [problem for problem in (*(found for found, _ in results), contradiction(differing, masks)) if problem]
-            print(f"{'':10} {len(todo)} opened" + ", the others were before" * (len(todo) < len(samples))
+            print(f"{'':10} {len(new)} opened" + ", the others were before" * (len(new) < len(samples))
                   + (f"; of {masks} masks, {differing} show other classes than the labels" if masks else ""))
-            old = [sample.name for sample in samples if info.name == "coco" and sample.mask and is_older(
-                sample.mask, coco_places(root, split)[1])]
-            if old:
-                problems.append(f"{len(old)} masks of {split} are older than the json; `python 01_data.py coco` writes them anew")
+            json_path = coco_places(root, split)[1] if info.name == "coco" else None
+            if old := sum(sample.mask is not None and is_older(sample.mask, json_path) for sample in samples):
+                problems.append(f"{old} masks of {split} are older than the json; `python 01_data.py coco` writes them anew")
     if info.name == "folder":
-        rest = left_out((path for path in root.rglob("*") if not path.is_dir() and str(path) not in used and not any(
-            part[0] == "." or part == "predictions" for part in path.relative_to(root).parts)), root)
-        if rest:
+        if rest := left_out((path for path in root.rglob("*") if not path.is_dir() and str(path) not in used and not any(
+                part[0] == "." or part == "predictions" for part in path.relative_to(root).parts)), root):
             problems.append(f"left out: {rest}; wanted pictures that are listed, ending in {', '.join(sorted(picture_formats()))}; "
                             "their masks, if any, as masks/NAME.png")
-        made_of = [name for name in info.classes if len(set(re.split(r"[ ,&+/]+", name)) & {*info.classes} - {name}) > 1]
-        if made_of:
+        if made_of := [name for name in info.classes if len(set(re.split(r"[ ,&+/]+", name)) & {*info.classes} - {name}) > 1]:
             problems.append(f"classes made of other classes: {', '.join(made_of[:10])}; several classes of a picture are "
                             "separated by semicolons: file,class;class")
         if "background" in map(str.lower, info.classes):
             problems.append("a class called background: that is always class 0; leave the classes of a picture without any empty")
-    return problems
 
 
 def draw_sheet(info: DatasetInfo, root: Path, split: str) -> Image.Image:
@@ -987,7 +958,8 @@ def main(argv: list[str] | None = None) -> int:
     problems: list[str] = []
     if info.name == "coco" and not args.check:
         gather(lambda split: write_coco_masks(info, root, split, problems), list(SPLITS["coco"]), problems)
-    problems = list(dict.fromkeys(problems + report(info, root, args.check)))
+    report(info, root, args.check, problems)
+    problems = list(dict.fromkeys(problems))
     for problem in problems:
         print(f"problem: {problem}")
     if problems and info.name in FETCH:

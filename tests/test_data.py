@@ -167,7 +167,7 @@ def test_without_its_package_coco_masks_are_asked_for_in_one_sentence(monkeypatc
     """Drawing them by another rule would give other scores at every edge."""
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)  # importing it now fails
     with pytest.raises(data.DataError, match="COCO's masks are drawn by the package pycocotools: `pip install pycocotools`"):
-        data.object_mask([[0, 0, 4, 0, 4, 4]], 8, 8)
+        data.coco_mask(8, 8, [(0, [[0, 0, 4, 0, 4, 4]], 31)], "street")
 
 
 # ---------------------------------------------------------------- layouts, made up
