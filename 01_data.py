@@ -774,7 +774,7 @@ def run_lengths(text: str) -> list[int]:
 
 
 def object_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """(H, W) bool of one COCO object: polygons, drawn by pycocotools, or {"counts": run lengths by columns}, maybe packed.
+    """(H, W) bool of a COCO object: polygons (drawn by pycocotools) or {"counts": run lengths by columns}, compressed or not.
 
     A polygon of two points has no area: nothing is drawn. Raises ValueError for what is no segmentation of this picture
     """

@@ -218,19 +218,21 @@ def queries_keys_values(mha: nn.MultiheadAttention, x: torch.Tensor) -> list[tor
 
 def clip_position_embedding(embedding: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """CLIP was trained on a square grid; where are the patches of another one? (1+G*G, D) -> (1+h*w, D), bilinear."""
-    side = round((len(embedding) - 1) ** 0.5)
-    square = embedding[1:].unflatten(0, (side, side)).permute(2, 0, 1)[None]  # (1, D, G, G)
-    resized = F.interpolate(square, size=tuple(grid), mode="bilinear", align_corners=False)
-    return torch.cat([embedding[:1], resized[0].flatten(1).mT])
+    return resized_embedding(embedding, size=tuple(grid), mode="bilinear", align_corners=False)
 
 
 def stretched_position_embedding(embedding: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """The same, bicubic, by factors of (h + 0.1) / G, a guard against rounding that shifts every sample a little: as Meta's
     plain DINOv2 has it, and label-free methods on CLIP."""
     side = round((len(embedding) - 1) ** 0.5)
+    return resized_embedding(embedding, scale_factor=[(length + 0.1) / side for length in grid], mode="bicubic")
+
+
+def resized_embedding(embedding: torch.Tensor, **how) -> torch.Tensor:
+    """Positions of a square grid (1+G*G, D), CLS first, interpolated like an image: (1+h*w, D)."""
+    side = round((len(embedding) - 1) ** 0.5)
     square = embedding[1:].mT.unflatten(1, (side, side))[None]  # (1, D, G, G)
-    resized = F.interpolate(square, scale_factor=[(length + 0.1) / side for length in grid], mode="bicubic")
-    return torch.cat([embedding[:1], resized[0].flatten(1).mT])
+    return torch.cat([embedding[:1], F.interpolate(square, **how)[0].flatten(1).mT])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -310,9 +312,7 @@ class DINOv2(nn.Module):
             return self.pos_embed
         if not self.registers:
             return stretched_position_embedding(self.pos_embed[0], (h, w))[None]
-        square = self.pos_embed[:, 1:].mT.unflatten(2, (self.grid, self.grid))  # (1, D, G, G)
-        resized = F.interpolate(square, size=(h, w), mode="bicubic", antialias=True)
-        return torch.cat([self.pos_embed[:, :1], resized.flatten(2).mT], dim=1)
+        return resized_embedding(self.pos_embed[0], size=(h, w), mode="bicubic", antialias=True)[None]
 
     def tokens(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Patch embeddings (B, N, D) of an (h, w) grid -> all tokens after the final norm, (B, 1+registers+N, D)."""
