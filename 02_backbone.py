@@ -434,7 +434,7 @@ def in_precision(amp: torch.dtype | None, device: torch.device) -> torch.autocas
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def picture_files(paths: list[str]) -> list[Path]:
+def samples_of(paths: list[str]) -> list[data.Sample]:
     """The files among `paths`, and the pictures in the folders among them. Raises data.DataError if there are none."""
     files = []
     for path in map(Path, paths):
@@ -445,15 +445,15 @@ def picture_files(paths: list[str]) -> list[Path]:
     if not files:
         raise data.DataError(f"{', '.join(paths)}: no pictures in there; wanted files ending in "
                         + ", ".join(sorted(data.picture_formats())))
-    return files
+    return [data.Sample(file.stem, str(file), None, (), "none", as_displayed=True) for file in files]
 
 
-def attempt(work, items) -> int:
-    """work(item) for each. A data.DataError is told at once and costs its item only. -> how many"""
+def attempt(work, samples: list, *more) -> int:
+    """work(sample, its of `more`, ...) for each. A data.DataError is told at once and costs its sample only. -> how many"""
     failed = 0
-    for item in tqdm(items, disable=None):
+    for arguments in tqdm(zip(samples, *more), total=len(samples), disable=None):
         try:
-            work(item)
+            work(*arguments)
         except data.DataError as error:
             complain(error)
             failed += 1
@@ -464,12 +464,13 @@ def complain(error: Exception | str) -> None:
     tqdm.write(f"error: {error}", file=sys.stderr)
 
 
-def result_files(files: list[Path], output_dir: str | None, endings: tuple[str, ...]) -> list[list[Path]]:
-    """What is made of each file: in `output_dir`, else in predictions/ beside it, its name with each of the `endings`.
+def result_files(samples: list[data.Sample], output_dir: str | None, endings: tuple[str, ...]) -> list[list[Path]]:
+    """What is made of each picture: in `output_dir`, else in predictions/ beside it, its name with each of the `endings`.
 
     No result replaces a picture or another result: where cat.png is taken, cat_2.png is not.
     """
-    results, taken = [], {file.absolute() for file in files}
+    files, results = [Path(sample.image) for sample in samples], []
+    taken = {file.absolute() for file in files}
     for file in files:
         folder = Path(output_dir) if output_dir else file.parent / "predictions"
         stems = itertools.chain([file.stem], (f"{file.stem}_{number}" for number in itertools.count(2)))
@@ -507,7 +508,7 @@ def demo_pictures(args: argparse.Namespace) -> tuple[data.DatasetInfo, list[data
     info = data.DATASETS["shapes" if args.clip == "shapes" else "voc"]
     args.long_side = args.long_side or (112 if info.name == "shapes" else 512)
     if args.images:
-        samples = [data.Sample(path.stem, str(path), None, (), "none") for path in picture_files(args.images)]
+        samples = samples_of(args.images)
     else:
         samples = data.list_samples(data.DATASETS["shapes"], None, "val")
         if args.index >= len(samples):
@@ -518,6 +519,12 @@ def demo_pictures(args: argparse.Namespace) -> tuple[data.DatasetInfo, list[data
         info = data.with_prompts("words", args.classes, args.background or [w for w in info.background if w not in args.classes])
         samples = [replace(sample, mask=None, labels=tuple(range(len(info.classes)))) for sample in samples]
     return info, samples
+
+
+def demo_image(sample: data.Sample, num_classes: int, side: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """(H, W, 3) and the true mask (H, W), if there is one; else no side is longer than `side` pixels."""
+    image, truth = data.load_pair(sample, num_classes, sample.mask is not None)
+    return data.rescale(image, min(1, side / max(image.shape[:2]))) if truth is None else image, truth
 
 
 def glow(image: np.ndarray, heat: torch.Tensor) -> np.ndarray:
@@ -569,11 +576,9 @@ def main(argv: list[str] | None = None) -> int:
           f"  text: {len(info.classes)} classes {tuple(text_features(clip_model, info.prompts).shape)}, "
           f"{len(info.background)} background words\n"
           f"DINOv2 {args.dino}: {len(dino.blocks)} blocks, patch {dino.patch}, {dino.registers} registers; {describe_size(dino)}")
-    files = [Path(sample.image) for sample in samples]
 
-    def show(file_and_targets) -> None:
-        file, [target] = file_and_targets
-        image = data.load_image(file, as_displayed=True)
+    def show(sample: data.Sample, targets: list[Path]) -> None:
+        image = data.load_image(sample.image, as_displayed=True)
         images, start = at_long_side(data.normalize(image), args.long_side, side).to(device), time.perf_counter()
         seen, dino_map = look(clip_model, images, len(blocks) - 1), dino_features(dino, images)
         seconds = time.perf_counter() - start
@@ -581,12 +586,12 @@ def main(argv: list[str] | None = None) -> int:
         if not all(0 <= place < length for place, length in zip(patch, seen.grid)):
             raise data.DataError(f"--patch {patch[0]} {patch[1]} is outside; the picture has {seen.grid[0]} x {seen.grid[1]} "
                                  "patches")
-        print(f"{file.name}, {tuple(images.shape)}: {len(seen.tokens)} x tokens {tuple(seen.tokens[0].shape)}, maps "
+        print(f"{sample.image}, {tuple(images.shape)}: {len(seen.tokens)} x tokens {tuple(seen.tokens[0].shape)}, maps "
               f"{tuple(seen.maps.shape)}, DINO's map {tuple(dino_map.shape)}; {seconds:.3f} s on {device}")
-        data.save_picture(target, draw_look(image, seen, dino_map, patch))
-        print(target)
+        data.save_picture(targets[0], draw_look(image, seen, dino_map, patch))
+        print(targets[0])
 
-    return int(attempt(show, list(zip(files, result_files(files, args.output_dir, ("_look.png",))))) > 0)
+    return int(attempt(show, samples, result_files(samples, args.output_dir, ("_look.png",))) > 0)
 
 
 if __name__ == "__main__":

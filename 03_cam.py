@@ -508,13 +508,9 @@ def main(argv: list[str] | None = None) -> int:
     (info, samples), device = backbone.demo_pictures(args), backbone.choose_device(args.device)
     model = backbone.load_clip(args.clip, device)
     texts = [backbone.text_features(model, names) for names in (info.prompts, info.background)]
-    files = [Path(sample.image) for sample in samples]
 
-    def show(sample_and_targets) -> None:
-        sample, [target] = sample_and_targets
-        image = data.load_image(sample.image, as_displayed=True)
-        truth = data.load_mask(sample.mask, info.num_classes, image.shape[:2]) if sample.mask else None
-        image = data.rescale(image, min(1, args.long_side / max(image.shape[:2]))) if truth is None else image
+    def show(sample: data.Sample, targets: list[Path]) -> None:
+        image, truth = backbone.demo_image(sample, info.num_classes, args.long_side)
         size, pairs = image.shape[:2], torch.tensor([(0, label) for label in sample.labels])
         images = backbone.at_long_side(data.normalize(image).to(device), args.long_side, backbone.patch_size(model))
 
@@ -529,12 +525,12 @@ def main(argv: list[str] | None = None) -> int:
         labels = {"CAM": best_label(*stack_scores(enlarge(cams, size), pairs, 1))[0],
                   "refined": best_label(before, ids)[0], "pseudo label": best_label(scores, ids)[0]}
         captions = {stage: stage + score(label, truth, info.num_classes) for stage, label in labels.items()}
-        data.save_picture(target, draw_ladder(image, cams, transition, flow, scores, labels["pseudo label"],
-                                              list(sample.labels), info.classes, captions))
-        tqdm.write(f"{target}: " + ", ".join(f"{info.classes[c]} {100 * probs[0, c]:.0f} %" for c in sample.labels)
+        data.save_picture(targets[0], draw_ladder(image, cams, transition, flow, scores, labels["pseudo label"],
+                                                  list(sample.labels), info.classes, captions))
+        tqdm.write(f"{targets[0]}: " + ", ".join(f"{info.classes[c]} {100 * probs[0, c]:.0f} %" for c in sample.labels)
                    + "; " + "; ".join(captions.values()))
 
-    return int(backbone.attempt(show, list(zip(samples, backbone.result_files(files, args.output_dir, ("_cam.png",))))) > 0)
+    return int(backbone.attempt(show, samples, backbone.result_files(samples, args.output_dir, ("_cam.png",))) > 0)
 
 
 if __name__ == "__main__":

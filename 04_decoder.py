@@ -661,12 +661,9 @@ def read_checkpoint(path: str | Path) -> dict:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch itself does not compare the check sums
-        if damaged is not None:
-            raise ValueError(f"the check sum of {damaged} differs")
+            if damaged := archive.testzip():  # torch itself does not compare the check sums
+                raise ValueError(f"the check sum of {damaged} differs")
         checkpoint = backbone.read_plain(path)
-    except FileNotFoundError:
-        raise data.DataError(f"{path}: no such checkpoint; 05_train.py makes them") from None
     except Exception as error:  # whatever zipfile and torch raise on a foreign or truncated file
         raise data.DataError(f"{path}: not a checkpoint of 05_train.py, or damaged ({error})") from error
     entries = checkpoint if isinstance(checkpoint, dict) else {}

@@ -35,6 +35,7 @@ if "OMP_WAIT_POLICY" not in os.environ:  # before torch: threads that wait spin 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from filelock import FileLock, Timeout  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
@@ -49,8 +50,7 @@ cam = import_module("03_cam")
 decoder = import_module("04_decoder")
 
 DEFAULT_METHOD = "weclip+"
-COMMAND = {"dataset": None, "method": DEFAULT_METHOD, "data_path": None, "masks": None, "split": None, "background": None,
-           "seed": 0, "amp": False}  # what a run is told beside the numbers of its row; its checkpoint keeps it
+COMMAND = dict.fromkeys(decoder.TOLD) | {"method": DEFAULT_METHOD, "seed": 0, "amp": False}  # beside the numbers of its row
 SAVE_EVERY = 500  # steps, between evaluations
 PREVIEW_ROWS = 4
 PATIENCE = timedelta(minutes=10)  # how long a process waits for one that neither answers nor ends; others end at once
@@ -233,7 +233,8 @@ def score(method, samples: list, last: bool, amp: torch.dtype | None, stop: "Sto
 
     -> {rung: 03_cam.scores} and what best.pt is chosen by: the segmentation's mIoU, each time on the same pictures; or None
     """
-    part = scored_on_the_way(method.cfg, len(samples))
+    count = min(len(samples), method.cfg.eval_images or len(samples))
+    part = np.linspace(0, len(samples) - 1, count).round().astype(int).tolist()  # from all over the split
     matrices = evaluate(method, [samples[n] for n in part], last, amp, stop)
     chosen_by = matrices and cam.scores(matrices["segmentation"])["miou"]
     rest = [samples[n] for n in sorted(set(range(len(samples))) - set(part))]
@@ -241,11 +242,6 @@ def score(method, samples: list, last: bool, amp: torch.dtype | None, stop: "Sto
         more = evaluate(method, rest, last, amp, stop)
         matrices = more and {rung: matrix + more[rung] for rung, matrix in matrices.items()}
     return matrices and ({rung: cam.scores(matrix) for rung, matrix in matrices.items()}, chosen_by)
-
-
-def scored_on_the_way(cfg, count: int) -> list[int]:
-    """Which of `count` pictures? All, or cfg.eval_images from all over the split."""
-    return np.linspace(0, count - 1, min(count, cfg.eval_images or count)).round().astype(int).tolist()
 
 
 def all_rungs(method, everything: bool = True) -> list[str]:
@@ -376,18 +372,12 @@ def reserve_folder(args: argparse.Namespace, name: str) -> Path:
 def locked(folder: Path) -> bool:
     """Could we lock this folder, which is made if need be? The system gives it back when the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "a")
+    lock = FileLock(folder / ".lock")
     try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
+        lock.acquire(blocking=False)
+    except Timeout:
         return False
-    LOCKS.append(lock)  # stays open as long as we live
+    LOCKS.append(lock)  # it is ours as long as this lives
     return True
 
 
@@ -424,15 +414,8 @@ def draw_curves(output: Path) -> Image.Image:
 
 
 def memory() -> str:
-    """Peak memory of this process so far: of the GPU when there is one, else resident."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GB GPU"
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return "? GB"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GB"
+    """Peak memory of the GPU so far; "" without one."""
+    return f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GB GPU" if torch.cuda.is_initialized() else ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -552,21 +535,21 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
             checkpoint = {**identity, "command": told, "config": asdict(cfg), **progress, "model": model.state_dict(),
                           "optimizer": optimizer.state_dict()}
             data.write_whole(output / name, partial(torch.save, checkpoint))
+            data.save_picture(output / "preview" / "curves.png", draw_curves(output))
 
-    def look_back(step: int) -> float:
-        """The panel of a step -> seconds that it took, per picture."""
-        clock, shown = time.perf_counter(), (with_masks or val_samples)[:PREVIEW_ROWS]
+    def look_back(step: int) -> None:
+        shown = (with_masks or val_samples)[:PREVIEW_ROWS]
         if rank == 0 and shown:
             draw_preview(method, shown, amp, output / "preview" / f"step_{step:06d}.png")
-        return (time.perf_counter() - clock) / max(1, len(shown))
 
-    per_image = look_back(start)
+    look_back(start)
+    began = time.perf_counter()
     seconds, measured = 0.0, 0  # of the steps since the last line
     for step in range(start, cfg.max_iters + 1):
         last = step == cfg.max_iters
         if with_masks and (last or step % cfg.eval_every == 0) and progress["evaluated"] < step:
             if last:
-                say(f"scoring {len(with_masks)} pictures, about {len(with_masks) * per_image / world / 60:.1f} min")
+                say(f"scoring {len(with_masks)} pictures")
             found = score(method, with_masks, last, amp, stop)
             if found is None:
                 break
@@ -575,11 +558,10 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
             if chosen_by > progress["best"]:
                 progress["best"] = chosen_by
                 save("best.pt")
-            per_image = look_back(step)
+            look_back(step)
             if rank == 0:
                 score_log.write(step=step, **{rung: f"{100 * result[rung]['miou']:.2f}" if rung in result else ""
                                               for rung in all_rungs(method)})
-                data.save_picture(output / "preview" / "curves.png", draw_curves(output))
             save("last.pt")
             note = cam.without_truth(result, info)
             say(f"mIoU at step {step}: " + "   ".join(f"{r} {100 * s['miou']:.1f}" for r, s in result.items())
@@ -619,20 +601,15 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
         seconds, measured = seconds + time.perf_counter() - clock, measured + 1
         if rank == 0 and (done % args.print_freq == 0 or done == cfg.max_iters):
             speed, seconds, measured = measured * cfg.batch_size / seconds, 0.0, 0
-            lr, to_score = optimizer.param_groups[0]["lr"], 0
-            if with_masks:
-                on_the_way = (cfg.max_iters - 1) // cfg.eval_every - (done - 1) // cfg.eval_every
-                to_score = (on_the_way * len(scored_on_the_way(cfg, len(with_masks))) + len(with_masks)) / world
-            minutes = ((cfg.max_iters - done) * cfg.batch_size / speed + to_score * per_image) / 60
+            lr = optimizer.param_groups[0]["lr"]
+            minutes = (time.perf_counter() - began) / (done - start) * (cfg.max_iters - done) / 60  # as it has gone so far
             log.write(step=done, lr=f"{lr:.3e}", **{k: f"{v:.6f}" for k, v in values.items()}, images_per_s=f"{speed:.1f}")
             say(f"step {done:6d}/{cfg.max_iters}  " + "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-                + f"  lr {lr:.1e}  {speed:.1f} images/s  {minutes:.1f} min left  {memory()}")
+                + f"  lr {lr:.1e}  {speed:.1f} images/s  {minutes:.1f} min left{memory()}")
         if wanted_anywhere(stop):
             break
         if done == cfg.max_iters or done % cfg.eval_every == 0 or done % SAVE_EVERY == 0:
             save("last.pt")
-            if rank == 0:
-                data.save_picture(output / "preview" / "curves.png", draw_curves(output))
     save("last.pt")
     say(f"stopped after step {progress['step']}; go on with:\n    {data.command(HERE / '05_train.py', '--resume', output)}")
     return 128 + stop.signal if stop.signal else 0
@@ -758,8 +735,7 @@ def resumed_command(known: argparse.Namespace) -> dict:
     path = path / "last.pt" if path.is_dir() or known.resume == "last" else path
     known.resume = known.resume if known.resume == "last" else str(path)
     checkpoint = decoder.read_checkpoint(path)
-    return {**checkpoint.get("command", {}), "method": checkpoint["method"],
-            "options": dict(checkpoint["config"])}
+    return {**checkpoint.get("command", {}), "method": checkpoint["method"], "options": dict(checkpoint["config"])}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -775,7 +751,7 @@ def main(argv: list[str] | None = None) -> int:
         raise data.DataError(f"process {rank_and_world()[0]}: {meaning}. What was saved last is whole; go on with --resume") from error
     finally:
         while LOCKS:
-            LOCKS.pop().close()
+            LOCKS.pop().release()
     if dist.is_initialized():
         dist.destroy_process_group()  # not after an error: it would wait for processes that are gone
     return status

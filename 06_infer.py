@@ -96,28 +96,24 @@ def segment(method, sample, args: argparse.Namespace) -> tuple[Segmented, tuple 
 
 
 def segment_all(method, samples: list, args: argparse.Namespace):
-    """Sample by sample, in order: (sample, Segmented), or (sample, data.DataError) for a file that cannot be used.
+    """For each sample, in order: Segmented, or data.DataError for a file that cannot be used.
 
     With --crf, results come some pictures late: while worker processes are at these, the network goes on.
     """
     def found():
-        bar = tqdm(samples, desc="segmenting", disable=None)
-        for number, sample in enumerate(bar, 1):
+        for number, sample in enumerate(samples, 1):
             try:
                 result, job = segment(method, sample, args)
             except data.DataError as error:
                 result, job = error, None
-            if bar.disable and not args.images and (number % PRINT_EVERY == 0 or number == len(samples)):
+            if not (sys.stderr.isatty() or args.images or number % PRINT_EVERY and number < len(samples)):
                 print(f"{number}/{len(samples)} images", flush=True)
-            yield (sample, result), job
+            yield result, job
 
-    if not args.crf:
-        yield from (key for key, _ in found())
-        return
-    for (sample, result), labels in cam.crf_in_processes(found(), args.workers):
+    for result, labels in cam.crf_in_processes(found(), args.workers) if args.crf else found():
         if labels is not None:
             result.labels[f"{rung_name(args.scales, args.flip)} + CRF"] = torch.from_numpy(labels)
-        yield sample, result
+        yield result
 
 
 def segment_pictures(method, args: argparse.Namespace, name: str, rows: dict[str, dict]) -> int:
@@ -126,29 +122,26 @@ def segment_pictures(method, args: argparse.Namespace, name: str, rows: dict[str
     name  of the method among several: a part of its files' names
     rows  of the sheet, {what: {picture file: cell}}; the method's is added
     """
-    info, failed, files = method.info, 0, backbone.picture_files(args.images)
+    info, samples = method.info, backbone.samples_of(args.images)
     ending, rows[name] = f"_{name}" if len(args.checkpoints) > 1 else "", {}
-    results = backbone.result_files(files, args.output_dir, (f"{ending}.png", f"{ending}_overlay.png"))
-    samples = [data.Sample(file.stem, str(file), None, (), "none", as_displayed=True) for file in files]
-    for (sample, found), (prediction, overlay) in zip(segment_all(method, samples, args), results):
-        try:
-            if isinstance(found, data.DataError):
-                raise found
-            mask = list(found.labels.values())[-1].numpy()
-            data.save_mask(prediction, mask)
-            side = min(OVERLAY_SIDES[1], max(OVERLAY_SIDES[0], *mask.shape))
-            data.save_picture(overlay, Image.fromarray(data.overlay(found.image, mask, info.classes, side)))
-        except data.DataError as error:
-            backbone.complain(error)
-            failed += 1
-            continue
+
+    def save(sample: data.Sample, found: Segmented, targets: list[Path]) -> None:
+        if isinstance(found, data.DataError):
+            raise found
+        prediction, overlay = targets
+        mask = list(found.labels.values())[-1].numpy()
+        data.save_mask(prediction, mask)
+        side = min(OVERLAY_SIDES[1], max(OVERLAY_SIDES[0], *mask.shape))
+        data.save_picture(overlay, Image.fromarray(data.overlay(found.image, mask, info.classes, side)))
         shares = np.bincount(mask.ravel(), minlength=info.num_classes)[1:] / mask.size
         seen = [f"{info.classes[c]} {shares[c]:.1%}" for c in np.argsort(-shares) if shares[c]]
         tqdm.write(f"{sample.image} -> {prediction}: {', '.join(seen) or 'background only'}")
         if sample.image in rows["picture"] or len(rows["picture"]) < SHEET_COLUMNS:
             rows["picture"][sample.image] = data.fit(found.image, SHEET_SIDE)
             rows[name][sample.image] = data.overlay(found.image, mask, info.classes, SHEET_SIDE)
-    return failed
+
+    results = backbone.result_files(samples, args.output_dir, (f"{ending}.png", f"{ending}_overlay.png"))
+    return backbone.attempt(save, samples, segment_all(method, samples, args), results)
 
 
 def save_sheet(rows: dict[str, dict], info, args: argparse.Namespace) -> None:
@@ -158,7 +151,7 @@ def save_sheet(rows: dict[str, dict], info, args: argparse.Namespace) -> None:
                                            info.classes, SHEET_SIDE) for file, image in rows["picture"].items()}
     blank = np.full((1, 1, 3), 255, np.uint8)  # where a picture of this method could not be written
     cells, captions = zip(*((row.get(file, blank), name) for name, row in rows.items() for file in rows["picture"]))
-    [target], *_ = backbone.result_files([*map(Path, rows["picture"])], args.output_dir, ("_sheet.png",))
+    [target], *_ = backbone.result_files(backbone.samples_of(rows["picture"]), args.output_dir, ("_sheet.png",))
     data.save_picture(target, data.contact_sheet(cells, captions, len(rows["picture"]), SHEET_SIDE))
     print(f"{target}: a row for each of {', '.join(rows)}")
 
@@ -191,25 +184,22 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
         raise data.DataError(f"{args.split} has no image-level labels, which --cams and --with-labels need; take another "
                              "--split")
     output = Path(args.output_dir or Path(args.checkpoint).parent / args.split)
-    keep_to_settings(output, {"checkpoint": str(Path(args.checkpoint).resolve()), "step": checkpoint["step"], "split": args.split,
-                              "scales": list(args.scales), **{key: getattr(args, key) for key in (
-                                  "flip", "crf", "par", "with_labels")}, "amp": str(args.amp)})
+    settings = {"checkpoint": str(Path(args.checkpoint).resolve()), "step": checkpoint["step"], "split": args.split,
+                "scales": list(args.scales), **{key: getattr(args, key) for key in ("flip", "crf", "par", "with_labels")},
+                "amp": str(args.amp) if args.amp else None}
+    keep_to_settings(output, settings)
     folders = {rung: output / rung.replace(" ", "_") for rung in method.rungs if args.cams}
     summary = data.describe(samples)
     print(f"{args.split} of {info.name}: {summary} -> {output}", flush=True)
 
-    matrices, written, scored, failed = {}, [], [], []  # the last three: names
-    for sample, found in segment_all(method, samples, args):
-        try:
-            if isinstance(found, data.DataError):
-                raise found
-            *_, prediction = found.labels.values()
-            for folder, labels in [(output / "predictions", prediction), *((folders[r], found.labels[r]) for r in folders)]:
-                data.save_mask(folder / f"{sample.name}.png", labels.numpy())
-        except data.DataError as error:
-            backbone.complain(error)
-            failed.append(sample.name)
-            continue
+    matrices, written, scored = {}, [], []  # the last two: names
+
+    def save(sample: data.Sample, found: Segmented) -> None:
+        if isinstance(found, data.DataError):
+            raise found
+        *_, prediction = found.labels.values()
+        for folder, labels in [(output / "predictions", prediction), *((folders[r], found.labels[r]) for r in folders)]:
+            data.save_mask(folder / f"{sample.name}.png", labels.numpy())
         written.append(sample.name)
         if sample.mask:
             scored.append(sample.name)
@@ -217,6 +207,7 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
                 counts = cam.confusion_matrix(found.truth, labels, info.num_classes)
                 matrices[rung] = matrices.get(rung, 0) + counts
 
+    failed = backbone.attempt(save, samples, segment_all(method, samples, args))
     if matrices:
         names = ("background", *info.classes)
         result = {rung: cam.scores(matrix) for rung, matrix in matrices.items()}
@@ -225,18 +216,17 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
         for score in result.values():
             score["iou"] = {name: None if np.isnan(iou) else iou for name, iou in zip(names, score["iou"])}
         trained = {key: checkpoint.get(key) for key in ("method", "step", "masks", "seed", "frozen", "config")}
-        report = {"checkpoint": args.checkpoint, "dataset": info.name, "split": args.split, "images": len(scored),
-                  "unusable": failed, "samples": summary, "scales": args.scales, "flip": args.flip, "crf": args.crf,
-                  "par": args.par, "with_labels": args.with_labels,
-                  "amp": str(args.amp) if args.amp else None, "rungs": result, "training": trained}
+        unusable = sorted({sample.name for sample in samples}.difference(written))
+        report = settings | {"dataset": info.name, "images": len(scored), "unusable": unusable, "samples": summary,
+                             "rungs": result, "training": trained}
         data.write_text(output / "scores.json", json.dumps(report, indent=1, ensure_ascii=False))
     else:
         print("nothing is scored: no picture that could be used has a mask")
     if args.submit and failed:
-        backbone.complain(f"{args.submit} is not written: it would lack {len(failed)} of {len(samples)} pictures")
+        backbone.complain(f"{args.submit} is not written: it would lack {failed} of {len(samples)} pictures")
     elif args.submit:
         write_submission(args.submit, output / "predictions", written)
-    return len(failed)
+    return failed
 
 
 def keep_to_settings(output: Path, settings: dict) -> None:
@@ -322,8 +312,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.submit and (checkpoint["dataset"], args.split) != ("voc", "test"):
         raise data.DataError(f"{args.checkpoint}: trained on {checkpoint['dataset']}; --submit is for VOC's server, which wants "
                              f"--split test, not {args.split}")
-    if args.submit and not Path(args.submit).absolute().parent.is_dir():
-        raise data.DataError(f"{Path(args.submit).absolute().parent}: no such folder for --submit; make it first")
     options = {what: getattr(args, what) for what in ("clip", "dino", "attention") if getattr(args, what)}
     options |= {"scales": tuple(args.scales)} if args.scales else {}
     methods, rows, failed = [one["method"] for one in (checkpoint, *others)], {"picture": {}}, 0

@@ -521,19 +521,13 @@ def by_clip_es(method: ExCEL, image: np.ndarray, labels: tuple[int, ...], fracti
 def beside_clip_es(args: argparse.Namespace, options: dict) -> int:
     """A picture of two rows for each picture: ExCEL's map, refined, pseudo label; CLIP-ES's. -> how many cannot be read."""
     (info, samples), device = backbone.demo_pictures(args), backbone.choose_device(args.device)
-    method, failed = untrained(info, options | {"clip": args.clip}, device), 0
+    method = untrained(info, options | {"clip": args.clip}, device)
     blank = torch.zeros(3, SIDE, SIDE, device=device)
     method.ladder(blank, torch.ones(len(info.classes)), trained=False)  # the first look is slow, which would be unfair
-    files, fraction = [Path(sample.image) for sample in samples], clip_es.BOX_FRACTION.get(info.name, 0.4)
-    for sample, [target] in zip(tqdm(samples, disable=None), backbone.result_files(files, args.output_dir, ("_excel.png",))):
-        try:
-            image = data.load_image(sample.image, as_displayed=True)
-            truth = data.load_mask(sample.mask, info.num_classes, image.shape[:2]) if sample.mask else None
-        except data.DataError as error:
-            tqdm.write(f"error: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        image = data.rescale(image, min(1, SIDE / max(image.shape[:2]))) if truth is None else image
+    fraction = clip_es.BOX_FRACTION.get(info.name, 0.4)
+
+    def show(sample, targets: list[Path]) -> None:
+        image, truth = backbone.demo_image(sample, info.num_classes, SIDE)
         item, pictures, ids = data.as_item(sample, image, None, info.num_classes), {}, sorted(sample.labels)
         for name, look in (("ExCEL", lambda: method.ladder(item["image"].to(device), item["labels"], trained=False)),
                            ("CLIP-ES", lambda: by_clip_es(method, image, tuple(ids), fraction))):
@@ -546,9 +540,10 @@ def beside_clip_es(args: argparse.Namespace, options: dict) -> int:
             pictures |= {f"{name}: {rung}": cam.paint(image, maps, ids, info.classes) for rung, maps in found.maps.items()}
             label = found.labels["pseudo label"].cpu().numpy()
             pictures[f"{name}: label"] = data.overlay(image, label, info.classes)
-        data.save_picture(target, data.contact_sheet(list(pictures.values()), list(pictures), columns=4))
-        tqdm.write(str(target))
-    return failed
+        data.save_picture(targets[0], data.contact_sheet(list(pictures.values()), list(pictures), columns=4))
+        tqdm.write(str(targets[0]))
+
+    return backbone.attempt(show, samples, backbone.result_files(samples, args.output_dir, ("_excel.png",)))
 
 
 def score_split(args: argparse.Namespace, options: dict) -> int:

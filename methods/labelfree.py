@@ -378,9 +378,8 @@ def main(argv: list[str] | None = None) -> int:
     """-> exit status: 0, or 1 if some pictures could not be used."""
     args = parse_args(argv)
     if args.classes:
-        info, files = data.with_prompts("words", args.classes, data.SHAPES_BACKGROUND), backbone.picture_files(args.what)
-        samples = [data.Sample(file.stem, str(file), None, (), "none", as_displayed=True) for file in files]
-        targets = backbone.result_files(files, args.output_dir, ("_labelfree.png",))
+        info, samples = data.with_prompts("words", args.classes, data.SHAPES_BACKGROUND), backbone.samples_of(args.what)
+        targets = backbone.result_files(samples, args.output_dir, ("_labelfree.png",))
     elif len(args.what) > 1 or Path(args.what[0]).is_file():
         raise data.DataError("which words shall be looked for? Name what the pictures may show: --classes cat sofa")
     else:
