@@ -202,8 +202,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 bits per channel")
     if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip to white
-        grey = (np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8)
-        return np.stack([grey] * 3, axis=2)
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode == "P":
         image = image.convert("RGBA")  # straight to RGB, Pillow warns about transparency
     return np.array(image.convert("RGB"))
@@ -858,14 +857,12 @@ def report(info: DatasetInfo, root: Path, thorough: bool, problems: list[str]) -
     """Print what each split has; all problems are added. `thorough` opens every file and compares masks with labels."""
     used = {str(root / "labels.csv")}
     for split, published in SPLITS[info.name].items():
-        try:
-            samples = list_samples(info, root, split, problems)
-        except DataError as error:
-            if split == "test":  # lies in an archive of its own, which only a submission to the server needs
-                print(f"{split:10} not here; its archive is had from the VOC server after registration")
-            else:
-                problems.append(str(error))
+        # test lies in an archive of its own, which only a submission to the server needs: without it, that is no problem
+        found = gather(lambda split: list_samples(info, root, split, problems), [split], [] if split == "test" else problems)
+        if not found:
+            print(f"{split:10} not here" + "; its archive is had from the VOC server after registration" * (split == "test"))
             continue
+        [samples] = found
         print(f"{split:10} {describe(samples)}")
         new = [sample for sample in samples if sample.image not in used]
         used.update(path for sample in samples for path in (sample.image, sample.mask))
@@ -920,17 +917,13 @@ count = partial(natural, least=1)  # 1, 2, 3, ...
 class CommandLine(argparse.ArgumentParser):
     """How all six files read their options: `--data_path` means `--data-path`, and --help has a line for each."""
 
-    def __init__(self, text: str, arguments: str):
+    def __init__(self, text: str, arguments: str, **more):
         form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=125)
-        super().__init__(usage=f"%(prog)s {arguments} [options]", description=text, formatter_class=form)
+        super().__init__(usage=f"%(prog)s {arguments} [options]", description=text, formatter_class=form, **more)
 
     def parse_known_args(self, args=None, namespace=None):
-        return super().parse_known_args(dashed(args), namespace)
-
-
-def dashed(argv: list[str] | None) -> list[str]:
-    """--data_path -> --data-path; None: the command line's."""
-    return [re.sub("^--[^=]+", lambda option: option[0].replace("_", "-"), arg) for arg in (sys.argv[1:] if argv is None else argv)]
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([re.sub("^--[^=]+", lambda o: o[0].replace("_", "-"), arg) for arg in args], namespace)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

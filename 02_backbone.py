@@ -496,11 +496,14 @@ def demo_options(text: str) -> data.CommandLine:
     return p
 
 
-def demo_pictures(args: argparse.Namespace) -> tuple[data.DatasetInfo, list[data.Sample]]:
+def demo_pictures(args: argparse.Namespace, ask: bool = True) -> tuple[data.DatasetInfo, list[data.Sample]]:
     """What do the demos look at, and which words do they ask for? Fills in what was not given of clip, dino, long_side.
 
-    -> the classes and background words, and the pictures; those of one's own show all of --classes
+    ask  is there anything to see only for words?
+    ->   the classes and background words, and the pictures; those of one's own show all of --classes
     """
+    if ask and args.images and not args.classes:
+        raise data.DataError("which words shall light up? Name what the pictures show: --classes cat sofa")
     if paths := [word for word in args.classes or () if "/" in word or Path(word).suffix.lower() in data.picture_formats()]:
         raise data.DataError(f"--classes {paths[0]}: a path among the words; name pictures first: cat.jpg --classes cat sofa")
     args.clip = args.clip or ("ViT-B/16" if args.images else "shapes")
@@ -569,7 +572,7 @@ def main(argv: list[str] | None = None) -> int:
     p = demo_options(__doc__)
     p.add_argument("--patch", type=int, nargs=2, metavar=("ROW", "COL"), help="whose attention is drawn (default: the middle)")
     args = p.parse_args(argv)
-    (info, samples), device = demo_pictures(args), choose_device(args.device)
+    (info, samples), device = demo_pictures(args, ask=False), choose_device(args.device)
     clip_model, dino = load_clip(args.clip, device), load_dino(args.dino, device)
     blocks, side = clip_model.visual.transformer.resblocks, patch_size(clip_model)
     print(f"CLIP {args.clip}: {len(blocks)} blocks, {blocks[0].attn.num_heads} heads, patch {side}; {describe_size(clip_model)}\n"

@@ -503,8 +503,6 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--maps", type=data.count, metavar="N", default=8, help="maps in the affinity (default: %(default)s)")
     p.add_argument("--box", type=float, metavar="X", default=0.4, help="of the CAM's maximum (default: %(default)s)")
     args = p.parse_args(argv)
-    if args.images and not args.classes:
-        raise data.DataError("which words shall light up? Name what the pictures show: --classes cat sofa")
     (info, samples), device = backbone.demo_pictures(args), backbone.choose_device(args.device)
     model = backbone.load_clip(args.clip, device)
     texts = [backbone.text_features(model, names) for names in (info.prompts, info.background)]

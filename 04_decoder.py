@@ -734,8 +734,6 @@ def main(argv: list[str] | None = None) -> int:
     p = backbone.demo_options(__doc__)
     p.add_argument("--method", default="weclip+", help=f"{', '.join(HERE_ARE)}, or a file of methods/ (default: %(default)s)")
     args = p.parse_args(argv)
-    if args.images and not args.classes:
-        raise data.DataError("which words shall light up? Name what the pictures show: --classes cat sofa")
     if not method_class(args.method).rungs:
         raise data.DataError(f"{args.method} makes no labels, which this shows; see python methods/{args.method}.py --help")
     info, samples = backbone.demo_pictures(args)

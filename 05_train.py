@@ -147,8 +147,7 @@ class TrainDataset(Dataset):
         if not self.samples:
             raise data.DataError(f"none of {len(samples)} images has a foreground class: nothing to learn from; "
                             "`python 01_data.py DATASET --check` says what is missing")
-        without = [sample.name for sample in self.samples if with_masks and sample.mask is None]
-        if without:
+        if without := [sample.name for sample in self.samples if with_masks and sample.mask is None]:
             raise data.DataError(data.missing("masks (for COCO, `python 01_data.py coco` writes them from the json)", without))
         self.num_classes, self.crop_size, self.seed = num_classes, crop_size, seed
         self.with_masks, self.scales = with_masks, scales
@@ -208,7 +207,7 @@ def evaluate(method, samples: list, everything: bool = False, amp: torch.dtype |
     ->          {rung: (C, C)}; None if a process was asked to stop
     """
     rank, world = rank_and_world()
-    was_training, classes = method.model.training, method.info.num_classes
+    classes = method.info.num_classes
     method.model.eval()  # Deviation: the released training script leaves dropout on while it validates
     matrices = {rung: torch.zeros(classes, classes, dtype=torch.long) for rung in all_rungs(method, everything)}
     for sample in tqdm(samples[rank::world], desc="evaluating", disable=None if rank == 0 else True, leave=False):
@@ -222,7 +221,6 @@ def evaluate(method, samples: list, everything: bool = False, amp: torch.dtype |
         found = climb(method, item["image"].to(method.device), item["labels"], everything, amp)
         for rung, matrix in matrices.items():
             matrix += cam.confusion_matrix(item["mask"], found.labels[rung].cpu(), classes)
-    method.model.train(was_training)
     if wanted_anywhere(stop):
         return None
     return {rung: sum_over_processes(matrix) for rung, matrix in matrices.items()}
@@ -263,7 +261,6 @@ def climb(method, image: torch.Tensor, labels: torch.Tensor, everything: bool, a
 def draw_preview(method, samples: list, amp: torch.dtype | None, path: Path) -> None:
     """A row for each sample: image, all rungs, the truth where there is one. CAMs glow in the colours of their classes."""
     info, rows = method.info, []
-    was_training = method.model.training
     method.model.eval()
     for sample in samples:
         try:
@@ -279,7 +276,6 @@ def draw_preview(method, samples: list, amp: torch.dtype | None, path: Path) -> 
         row = {"image": image} | {rung: cam.paint(image, maps, ids, info.classes) for rung, maps in found.maps.items()}
         row |= {rung: data.overlay(image, x, info.classes) for rung, x in labels.items()}
         rows.append(row)
-    method.model.train(was_training)
     heads, blank = list(dict.fromkeys(chain(*rows))), np.full((1, 1, 3), 255, np.uint8)  # a truth is missing here and there
     pictures = [row.get(head, blank) for row in rows for head in heads]
     data.save_picture(path, data.contact_sheet(pictures, heads * len(rows), columns=len(heads)))
@@ -478,7 +474,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
     torch.manual_seed(args.seed)
     method, root, samples, identity = settle(args, device, world)
-    info, cfg, model = method.info, method.cfg, method.model.train()
+    info, cfg, model = method.info, method.cfg, method.model
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     place = [str(reserve_folder(args, root.resolve().name if info.name == "folder" else info.name))] if rank == 0 else [None]
     if dist.is_initialized():
@@ -590,6 +586,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
                 raise data.DataError(f"{len(broken)} of {len(train_set)} training pictures cannot be used, see above")
             masks = torch.from_numpy(batch["mask"]).to(device).long() if args.masks else None
             images, labels = torch.from_numpy(batch["image"]).to(device), torch.from_numpy(batch["labels"])
+            model.train()  # what is looked at between steps is looked at in eval mode
             values = train_step(method, optimizer, images, labels, step, masks, amp)
         except data.DataError:  # all steps so far are whole
             save("last.pt")
@@ -627,17 +624,15 @@ def resume(path: Path, identity: dict, method, optimizer: torch.optim.Optimizer)
 
     ours, theirs = ({**config, **run, **run["frozen"]} for config, run in ((asdict(method.cfg), identity),
                                                                           (checkpoint["config"], checkpoint)))
-    changed = [f"{key} is {theirs.get(key)}, this run has {value}" for key, value in ours.items()
-               if key not in MAY_CHANGE | {"frozen"} and essence(theirs.get(key)) != essence(value)]
-    if changed:
+    if changed := [f"{key} is {theirs.get(key)}, this run has {value}" for key, value in ours.items()
+                   if key not in MAY_CHANGE | {"frozen"} and essence(theirs.get(key)) != essence(value)]:
         raise data.DataError(f"{path}: {'; '.join(changed)}. Resume with the same settings, or start a new run in another "
                              "--output-dir")
     try:
         method.model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
-        moments = [(w, state[name]) for w, state in optimizer.state.items() for name in ("exp_avg", "exp_avg_sq")]
         sound = [s["step"] >= 0 for s in optimizer.state.values()]
-        sound += [x.shape == w.shape and x.isfinite().all() for w, x in moments]
+        sound += [x.shape == w.shape and x.isfinite().all() for w, s in optimizer.state.items() for x in (s["exp_avg"], s["exp_avg_sq"])]
         if not (decoder.finite(method.model) and all(sound)):
             raise ValueError("its numbers are not finite, or its optimizer is that of another model")
         return {key: checkpoint[key] for key in ("step", "evaluated", "best")}
@@ -683,13 +678,14 @@ class StopRequest:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """-> the options below, and `options`: the numbers of the method's row that were given, by their names."""
-    p = data.CommandLine(__doc__, "dataset")
+    first = data.CommandLine("", "", add_help=False)  # these say which row's numbers are options
+    first.add_argument("--method", help=f"{', '.join(decoder.HERE_ARE)}, or a file of methods/ (default: {DEFAULT_METHOD})")
+    first.add_argument("--output-dir", metavar="DIR", help="default: runs/NAME-METHOD[-masks]")
+    first.add_argument("--resume", nargs="?", const="last", metavar="RUN",
+                       help="go on with the run in this folder, or from this file; what it was told need not be told again")
+    p = data.CommandLine(__doc__, "dataset", parents=[first])
     p.add_argument("dataset", nargs="?", help=f"{', '.join(data.DATASETS)}, or a folder of your own")
-    p.add_argument("--method", help=f"{', '.join(decoder.HERE_ARE)}, or the name of a file in methods/ (default: {DEFAULT_METHOD})")
     p.add_argument("--data-path", metavar="DIR", help="where the data lies (default: data/NAME)")
-    p.add_argument("--output-dir", metavar="DIR", help="default: runs/NAME-METHOD[-masks]")
-    p.add_argument("--resume", nargs="?", const="last", metavar="RUN",
-                   help="go on with the run in this folder, or from this file; what it was told need not be told again")
     p.add_argument("--masks", metavar="truth|DIR", help="learn from true masks, or from DIR/NAME.png, instead of pseudo labels")
     p.add_argument("--split", help="training split (default: train_aug for voc, else train)")
     p.add_argument("--background", nargs="+", metavar="WORD", help="background words instead of the data set's")
@@ -702,25 +698,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--device", help="cpu, cuda or mps (default: cuda if there is one)")
     p.add_argument("--print-freq", type=data.count, metavar="N", default=50, help="steps between lines (default: %(default)s)")
     p.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
-    first = argparse.ArgumentParser(add_help=False)  # which row's numbers are options?
-    first.add_argument("--method")
-    first.add_argument("--resume", nargs="?", const="last")
-    first.add_argument("--output-dir")
-    known = first.parse_known_args(data.dashed(argv))[0]
+    known = first.parse_known_args(argv)[0]
     told = resumed_command(known)
     method = known.method or told.get("method") or DEFAULT_METHOD
     if method != told.get("method"):
         told.pop("options", None)  # numbers of another row; that the methods differ is said later
     names = decoder.add_row_options(p, type(decoder.method_class(method).rows["voc"]), leave_out=("batch_size",))
     p.epilog = textwrap.fill(f"and each number of the method's row; of {method}: --" + " --".join(names).replace("_", "-"), 125)
+    p.set_defaults(**COMMAND | told)
     args = p.parse_args(argv)
     if args.supervised:
         raise data.DataError("--supervised is now --masks truth")
-    if args.dataset not in (None, told.get("dataset")):
-        told.pop("data_path", None)  # of other data; that the runs differ is said later
-    for key, value in COMMAND.items():
-        if getattr(args, key) is None:
-            setattr(args, key, told.get(key, value))
+    if args.dataset != told.get("dataset", args.dataset) and args.data_path == told["data_path"]:
+        args.data_path = None  # that was of other data; that the runs differ is said later
     if args.dataset is None:
         p.error(f"which data? {', '.join(data.DATASETS)}, or a folder of your own; or --resume RUN")
     args.resume, args.options = known.resume, told.get("options", {}) | decoder.chosen_options(args, names)
@@ -729,12 +719,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def resumed_command(known: argparse.Namespace) -> dict:
     """What the run that --resume or --output-dir names was told; {} if neither names one. A folder becomes its last.pt."""
-    if known.resume is None or (known.resume == "last" and known.output_dir is None):
+    resume = known.output_dir if known.resume == "last" else known.resume
+    if resume is None:
         return {}
-    path = Path(known.output_dir if known.resume == "last" else known.resume)
-    path = path / "last.pt" if path.is_dir() or known.resume == "last" else path
-    known.resume = known.resume if known.resume == "last" else str(path)
-    checkpoint = decoder.read_checkpoint(path)
+    known.resume = str(Path(resume) / "last.pt" if Path(resume).is_dir() else resume)
+    checkpoint = decoder.read_checkpoint(known.resume)
     return {**checkpoint.get("command", {}), "method": checkpoint["method"], "options": dict(checkpoint["config"])}
 
 
