@@ -923,7 +923,8 @@ class CommandLine(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([re.sub("^--[^=]+", lambda o: o[0].replace("_", "-"), arg) for arg in args], namespace)
+        args = [re.sub("^--[^=]+", lambda option: option[0].replace("_", "-"), arg) for arg in args]
+        return super().parse_known_args(args, namespace)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -240,17 +240,6 @@ def resized_embedding(embedding: torch.Tensor, **how) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class LayerScale(nn.Module):
-    """Each residual branch times a learned vector."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.gamma
-
-
 class DinoAttention(nn.Module):
     """Multi-head self-attention with DINOv2's parameter names (B, T, D) -> (B, T, D)."""
 
@@ -266,20 +255,20 @@ class DinoAttention(nn.Module):
 
 
 class DinoBlock(nn.Module):
-    """One pre-norm transformer block with LayerScale (B, T, D) -> (B, T, D)."""
+    """One pre-norm transformer block (B, T, D) -> (B, T, D). LayerScale: each residual branch times a learned vector."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = DinoAttention(width, heads)
-        self.ls1 = LayerScale(width)
+        self.ls1 = nn.ParameterDict({"gamma": torch.ones(width)})
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
-        self.ls2 = LayerScale(width)
+        self.ls2 = nn.ParameterDict({"gamma": torch.ones(width)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
+        x = x + self.ls1["gamma"] * self.attn(self.norm1(x))
+        return x + self.ls2["gamma"] * self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
 class DINOv2(nn.Module):

@@ -287,8 +287,7 @@ class Config:
         for field in fields(self):
             value, option = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
             if not fits(value, field.type):
-                wanted = field.type if get_args(field.type) else field.type.__name__
-                raise data.DataError(f"{option} {value!r:.99}: wanted {wanted}")
+                raise data.DataError(f"{option} {value!r:.99}: wanted {field.type if get_args(field.type) else field.type.__name__}")
             most, positive = AT_MOST.get(field.name, 10**9), field.name in ABOVE_ZERO
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, (int, float)) and not (0 <= number <= most and (number or not positive)):
@@ -612,19 +611,18 @@ def add_row_options(parser: argparse.ArgumentParser, config: type[Config], leave
 
     A field that may be None takes the word `none`, a tuple takes several numbers.
     """
-    names = [field.name for field in fields(config) if field.name not in leave_out]
-    for field in fields(config):
-        if field.name in names:
-            inner = [kind for kind in get_args(field.type) if kind not in (types.NoneType, ...)]
-            kind = inner[0] if inner else field.type
-            how = {"type": partial(none_or, kind) if types.NoneType in get_args(field.type) else kind}
-            if get_origin(field.type) is tuple:
-                how["nargs"] = "+" if ... in get_args(field.type) else len(inner)
-            if kind is bool:
-                how = {"action": argparse.BooleanOptionalAction}
-            parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, default=argparse.SUPPRESS, **how,
-                                help=argparse.SUPPRESS)
-    return names
+    chosen = [field for field in fields(config) if field.name not in leave_out]
+    for field in chosen:
+        inner = [kind for kind in get_args(field.type) if kind not in (types.NoneType, ...)]
+        kind = inner[0] if inner else field.type
+        how = {"type": partial(none_or, kind) if types.NoneType in get_args(field.type) else kind}
+        if get_origin(field.type) is tuple:
+            how["nargs"] = "+" if ... in get_args(field.type) else len(inner)
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, **hidden, **how)
+    return [field.name for field in chosen]
 
 
 def none_or(kind: type, text: str):

@@ -58,8 +58,7 @@ MAY_CHANGE = {"max_iters", "eval_every", "eval_images", "long_side"}  # when a r
 ENDINGS = {  # what torch says when something outside of the run has ended it -> what that means
     "DataLoader worker": "a loader process died; if memory ran out, take fewer with -j",
     "DataLoader timed out": "no loader process has given a batch for ten minutes; -j 0 does without them",
-    "gloo": "another process of the run has ended or cannot be reached, its own message says why",
-    "NCCL": "another process of the run has ended or cannot be reached, its own message says why"}
+    **dict.fromkeys(("gloo", "NCCL"), "another process of the run has ended or cannot be reached, its own message says why")}
 CURVE_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: safe for the colour-blind
 LOCKS = []  # of the folders that are ours
 MULTI_PAR = "multi-scale + PAR"  # not the papers', who use a dense CRF, which needs a compiler
@@ -270,12 +269,10 @@ def draw_preview(method, samples: list, amp: torch.dtype | None, path: Path) -> 
         item = data.as_item(sample, image, None, info.num_classes)
         found = climb(method, item["image"].to(method.device), item["labels"], True, amp)
         labels = {rung: x.cpu().numpy() for rung, x in found.labels.items() if rung not in found.maps}
-        if truth is not None:
-            labels["truth"] = truth
+        labels |= {} if truth is None else {"truth": truth}
         ids = sorted(sample.labels)
-        row = {"image": image} | {rung: cam.paint(image, maps, ids, info.classes) for rung, maps in found.maps.items()}
-        row |= {rung: data.overlay(image, x, info.classes) for rung, x in labels.items()}
-        rows.append(row)
+        rows.append({"image": image} | {rung: cam.paint(image, maps, ids, info.classes) for rung, maps in found.maps.items()}
+                    | {rung: data.overlay(image, x, info.classes) for rung, x in labels.items()})
     heads, blank = list(dict.fromkeys(chain(*rows))), np.full((1, 1, 3), 255, np.uint8)  # a truth is missing here and there
     pictures = [row.get(head, blank) for row in rows for head in heads]
     data.save_picture(path, data.contact_sheet(pictures, heads * len(rows), columns=len(heads)))
@@ -375,12 +372,6 @@ def locked(folder: Path) -> bool:
         return False
     LOCKS.append(lock)  # it is ours as long as this lives
     return True
-
-
-def open_output(output: Path, settings: dict, progress: dict) -> tuple[Log, Log]:
-    """The folder of a run with args.json -> its log.csv and scores.csv, with the rows that `progress` has made already."""
-    data.write_text(output / "args.json", json.dumps(settings, indent=1, ensure_ascii=False))
-    return Log(output / "log.csv", progress["step"]), Log(output / "scores.csv", progress["evaluated"])
 
 
 def draw_curves(output: Path) -> Image.Image:
@@ -502,7 +493,8 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
     if rank == 0:
         settings = {**identity, "labels": described, "config": asdict(cfg), "processes": world, "data_path": str(root),
                     "torch": torch.__version__}
-        log, score_log = open_output(output, settings, progress)
+        data.write_text(output / "args.json", json.dumps(settings, indent=1, ensure_ascii=False))
+        log, score_log = Log(output / "log.csv", start), Log(output / "scores.csv", progress["evaluated"])
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{args.method} on {info.name}, {f'masks: {args.masks}' if args.masks else 'image-level labels'}; {identity['split']}: "
         f"{described}; {train_set.skipped} skipped\n"
@@ -631,8 +623,8 @@ def resume(path: Path, identity: dict, method, optimizer: torch.optim.Optimizer)
     try:
         method.model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
-        sound = [s["step"] >= 0 for s in optimizer.state.values()]
-        sound += [x.shape == w.shape and x.isfinite().all() for w, s in optimizer.state.items() for x in (s["exp_avg"], s["exp_avg_sq"])]
+        sound = [state["step"] >= 0 and x.shape == w.shape and x.isfinite().all()
+                 for w, state in optimizer.state.items() for x in (state["exp_avg"], state["exp_avg_sq"])]
         if not (decoder.finite(method.model) and all(sound)):
             raise ValueError("its numbers are not finite, or its optimizer is that of another model")
         return {key: checkpoint[key] for key in ("step", "evaluated", "best")}

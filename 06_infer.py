@@ -278,8 +278,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--with-labels", action="store_true", help="predict only classes that the split's labels name")
     p.add_argument("--beside", metavar="DIR", nargs="+", default=[], help="masks DIR/NAME.png: rows of the sheet too")
     p.add_argument("--submit", metavar="FILE.tgz", help="pack the predictions for the VOC server")
-    p.add_argument("--output-dir", metavar="DIR",
-                   help="default: predictions/ beside a picture, SPLIT/ beside the checkpoint")
+    p.add_argument("--output-dir", metavar="DIR", help="default: predictions/ beside a picture, SPLIT/ beside the checkpoint")
     p.add_argument("--clip", metavar="NAME|FILE", help="default: as in training")
     p.add_argument("--dino", metavar="NAME|FILE", help="default: as in training")
     p.add_argument("--attention", metavar="NAME|DIR", help="of a method whose labels need one; default: as in training")
