@@ -136,8 +136,7 @@ def dataset_info(name_or_folder: str, background: list[str] | None = None) -> Da
     background      other background words than the data set's; a folder has VOC's, less those that it has as classes
     Raises  DataError  if it is neither, or the folder has no classes
     """
-    info = DATASETS.get(str(name_or_folder))
-    if info is None:
+    if (info := DATASETS.get(str(name_or_folder))) is None:
         root = find_root(name_or_folder)
         rows = folder_rows(root)
         classes = tuple(sorted({name for _, names, _ in rows for name in names}))
@@ -410,8 +409,7 @@ def voc_names(root: Path, split: str, pictures: dict[str, Path]) -> list[str]:
     masks = files_by_stem(root / "SegmentationClassAug", {".png"})
     if split == "train_aug" and masks and (lists / "val.txt").exists():
         return sorted(masks.keys() - set(voc_names(root, "val", pictures)))
-    instead = " (or SegmentationClassAug and val.txt, or take `train`)" if split == "train_aug" else ""
-    raise DataError(f"{path} is missing{instead}; `python 01_data.py voc --check` says where it can be had")
+    raise DataError(f"{path} is missing; `python 01_data.py voc --check` says what else would do, and where it can be had")
 
 
 def voc_samples(info: DatasetInfo, root: Path, split: str, problems: list[str]) -> list[Sample]:
@@ -471,8 +469,7 @@ def read_coco_json(path: Path, classes: tuple[str, ...], problems: list[str]) ->
                 odd.append(f"{found.get('id')} of picture {found.get('image_id')}")
         gather(record, content["images"], problems)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path}: not COCO's instance format ({type(error).__name__}: {error}); "
-                        "take the file out of the archive again") from error
+        raise DataError(f"{path}: not COCO's instance format ({type(error).__name__}: {error}); unpack it again") from error
     if odd:
         remark(f"{path}: objects of pictures or categories that it does not list are left out, {len(odd)}: {', '.join(odd[:10])}")
     return {name: found[:3] for name, found in records.items()}
@@ -537,8 +534,7 @@ def divide(root: Path, share: float) -> None:
     """Write FOLDER/labels.csv for sub-folders of classes; `share` of the pictures, drawn by chance, are kept for scoring (val)."""
     table, rows = root / "labels.csv", folder_rows(root)
     if table.exists() or not 0 < share < 1 or any(split == "val" for _, _, split in rows):
-        raise DataError(f"--val-share {share}: wanted a share between 0 and 1, and {root} without labels.csv (its third column may "
-                        "say val) and without val/")
+        raise DataError(f"--val-share {share}: wanted a share between 0 and 1, and {root} without labels.csv and val/")
     kept = np.random.default_rng(0).permutation(len(rows)) < share * len(rows)
     with open(table, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         csv.writer(file).writerows((name, ";".join(names), "val" if val else "train") for (name, names, _), val in zip(rows, kept))
@@ -550,8 +546,7 @@ def folder_samples(info: DatasetInfo, root: Path, split: str, problems: list[str
     rows = [(Path(file).with_suffix("").as_posix(), file, classes)
             for file, classes, part in folder_rows(root) if part == split]
     if twice := [name for name, count in Counter(name for name, _, _ in rows).items() if count > 1]:
-        problems.append(f"{root}: {', '.join(twice[:10])} in more than one line or with more than one suffix; wanted one line "
-                        "per picture (file,class;class) and different names")
+        problems.append(f"{root}: {', '.join(twice[:10])} in more than one line or with more than one suffix; name each once")
     folder, source = picture_folder(root), "csv" if (root / "labels.csv").exists() else "folder"
     there = {nfc(path.relative_to(folder).as_posix()): path for path in folder.rglob("*")}  # a Mac writes accents otherwise
     pictures = {name: path for name, file, _ in rows if (path := there.get(file, folder / file)).is_file()}
@@ -805,8 +800,7 @@ def coco_mask(height: int, width: int, objects: list, name: str) -> np.ndarray:
         except ImportError as error:
             raise DataError("COCO's masks are drawn by the package pycocotools: `pip install pycocotools`") from error
         except Exception as error:  # pycocotools raises just that
-            raise DataError(f"{name}: no mask is written, object {identity} cannot be drawn ({error}); correct it in the "
-                            "json, or take it out") from error
+            raise DataError(f"{name}: no mask is written, object {identity} cannot be drawn ({error}); mend it") from error
         if isinstance(segmentation, list) and min(map(len, segmentation)) < 6 or not masks[-1][0].any():
             remark(f"{name}: object {identity} or a part of it has no area; that is not drawn")
     for mask, number in sorted(masks, key=lambda item: -item[0].sum()):
@@ -838,9 +832,8 @@ def inspect(sample: Sample, num_classes: int) -> tuple[str, bool]:
     """
     try:
         image, mask = load_pair(sample, num_classes, sample.mask is not None)
-        dark = image.max() <= 64 and (f"{sample.image}: no pixel is brighter than {image.max()} of 255; if it has 10, 12 or 14 "
-                                      "bits in 16, stretch them to the whole range")
-        return dark or "", mask is not None and set(mask_labels(mask)) != set(sample.labels)
+        dark = f"{sample.image}: no pixel is brighter than {image.max()} of 255; stretch 10 to 14 bits to all 16"
+        return dark if image.max() <= 64 else "", mask is not None and set(mask_labels(mask)) != set(sample.labels)
     except DataError as error:
         return str(error), False
 
@@ -887,8 +880,7 @@ def report(info: DatasetInfo, root: Path, thorough: bool, problems: list[str]) -
             problems.append(f"left out: {rest}; wanted pictures that are listed, ending in {', '.join(sorted(picture_formats()))}; "
                             "their masks, if any, as masks/NAME.png")
         if made_of := [name for name in info.classes if len(set(re.split(r"[ ,&+/]+", name)) & {*info.classes} - {name}) > 1]:
-            problems.append(f"classes made of other classes: {', '.join(made_of[:10])}; several classes of a picture are "
-                            "separated by semicolons: file,class;class")
+            problems.append(f"classes made of other classes: {', '.join(made_of[:10])}; separate them so: file,class;class")
         if "background" in map(str.lower, info.classes):
             problems.append("a class called background: that is always class 0; leave the classes of a picture without any empty")
 
@@ -932,8 +924,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("dataset", help=f"{', '.join(DATASETS)}, or a folder of your own")
     p.add_argument("--data-path", metavar="DIR", help="where it lies (default: data/NAME beside this file)")
     p.add_argument("--check", action="store_true", help="open every file and list all problems; writes nothing")
-    p.add_argument("--val-share", type=float, metavar="X", help="of a folder with a sub-folder per class: write labels.csv, in which "
-                   "this share of the pictures is marked val")
+    p.add_argument("--val-share", type=float, metavar="X", help="write labels.csv for class folders, this share marked val")
     p.add_argument("--sheet", metavar="OUT.png", help="draw a contact sheet of 24 training pictures with masks and labels")
     return p.parse_args(argv)
 
@@ -953,12 +944,11 @@ def main(argv: list[str] | None = None) -> int:
     if info.name == "coco" and not args.check:
         gather(lambda split: write_coco_masks(info, root, split, problems), list(SPLITS["coco"]), problems)
     report(info, root, args.check, problems)
-    problems = list(dict.fromkeys(problems))
-    for problem in problems:
+    for problem in dict.fromkeys(problems):
         print(f"problem: {problem}")
     if problems and info.name in FETCH:
         print("to be had: {} from {}".format(*FETCH[info.name]))
-    print(f"{len(problems)} problems" if problems else "no problems")
+    print(f"{len(set(problems))} problems" if problems else "no problems")
     if args.sheet:
         save_picture(args.sheet, draw_sheet(info, root, "train"))
         print(f"wrote {args.sheet}")

@@ -285,9 +285,9 @@ class Config:
 
     def __post_init__(self):
         for field in fields(self):
-            value, option = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
-            if not fits(value, field.type):
-                raise data.DataError(f"{option} {value!r:.99}: wanted {field.type if get_args(field.type) else field.type.__name__}")
+            value, kind, option = getattr(self, field.name), field.type, f"--{field.name.replace('_', '-')}"
+            if not fits(value, kind):
+                raise data.DataError(f"{option} {value!r:.99}: wanted {kind if get_args(kind) else kind.__name__}")
             most, positive = AT_MOST.get(field.name, 10**9), field.name in ABOVE_ZERO
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, (int, float)) and not (0 <= number <= most and (number or not positive)):

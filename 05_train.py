@@ -422,8 +422,10 @@ def settle(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
     split = args.split or next(iter(data.SPLITS[info.name]))
     samples = data.list_samples(info, root, split)
     learned_from = [(sample.name, sample.labels) for sample in samples]  # true masks may be added while a run pauses
-    if args.masks not in (None, "truth"):
-        samples = with_masks_of(samples, args.masks)
+    masks = args.masks
+    if masks not in (None, "truth"):
+        samples = with_masks_of(samples, masks)
+        masks = f"{Path(masks).resolve()}, check sum {data.check_sum(Path(s.mask).read_bytes() for s in samples if s.mask)}"
     first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # this one downloads and makes, the others wait
     if not first_here:
         sum_over_processes(torch.zeros(1))
@@ -432,8 +434,7 @@ def settle(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
     method.ready(samples)
     if first_here:
         sum_over_processes(torch.zeros(1))
-    cfg = method.cfg
-    method.cfg = cfg = replace(cfg, batch_size=(args.batch_size or max(1, cfg.batch_size // world)) * world)
+    method.cfg = cfg = replace(method.cfg, batch_size=(args.batch_size or max(1, method.cfg.batch_size // world)) * world)
     if split == "val":
         print("warning: val is what is scored; what is trained on it has no score that counts", file=sys.stderr)
     patch = backbone.patch_size(method.clip)
@@ -445,9 +446,6 @@ def settle(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
     if 0 < usable < cfg.batch_size:
         raise data.DataError(f"{usable} images with a class in {split}, but {cfg.batch_size} in a batch "
                              f"({world} processes); take a smaller -b, or more images")
-    masks = args.masks
-    if masks not in (None, "truth"):
-        masks = f"{Path(masks).resolve()}, check sum {data.check_sum(Path(s.mask).read_bytes() for s in samples if s.mask)}"
     identity = {"method": args.method, "dataset": info.name, "classes": list(info.classes), "prompts": list(info.prompts),
                 "background": list(info.background), "split": split, "masks": masks, "seed": args.seed, "amp": args.amp,
                 "samples": f"{len(samples)} images, check sum {data.check_sum([repr(learned_from).encode()])}",
