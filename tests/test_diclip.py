@@ -1219,7 +1219,6 @@ def test_pseudo_labels_are_the_same_whenever_they_are_written(world, whole, tmp_
     lambda model: model.pop("keys"), lambda model: model["keys"].fill_(torch.nan),
     lambda model: model.update(values=torch.rand(9, 4)),
     lambda model: model.update(keys=torch.rand(9, 31)), lambda model: model.pop("source"),
-    lambda model: model.update(keys=[1, 2]),
     lambda model: model.pop("dynamic_adapter.fc1.weight"), lambda model: model.update(source=torch.zeros(9))])
 def test_a_damaged_checkpoint_is_refused(world, whole, tmp_path, damage):
     checkpoint = read(whole)

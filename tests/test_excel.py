@@ -714,8 +714,7 @@ def test_a_run_is_not_continued_with_other_sentences(world, described, whole, tm
 
 @pytest.mark.parametrize("damage", [
     lambda model: model.pop("bank"), lambda model: model["bank"].fill_(torch.nan), lambda model: model.pop("made_of"),
-    lambda model: model.update(bank=torch.rand(32, 5)), lambda model: model.update(bank=torch.rand(31, 15)),
-    lambda model: model.update(bank=[1, 2])])
+    lambda model: model.update(bank=torch.rand(32, 5)), lambda model: model.update(bank=torch.rand(31, 15))])
 def test_a_damaged_bank_is_refused_by_both_commands(described, whole, tmp_path, damage):
     checkpoint = read(whole)
     damage(checkpoint["model"])
