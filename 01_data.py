@@ -17,6 +17,7 @@ the class numbers that `python 01_data.py FOLDER` prints. Without labels.csv eac
 import argparse
 import colorsys
 import csv
+import io
 import json
 import os
 import re
@@ -59,8 +60,9 @@ class DataError(Exception):
 
 @cache
 def remark(text: str) -> None:
-    """Something odd that stops nothing: said once."""
-    tqdm.write(text, file=sys.stderr)
+    """Something odd that stops nothing: said once, by one process of a machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        tqdm.write(text, file=sys.stderr)
 
 
 # ---------------------------------------------------------------- the data sets: to add one, a row in DATASETS and SPLITS, and
@@ -147,7 +149,7 @@ def dataset_info(name_or_folder: str, background: list[str] | None = None) -> Da
         info = DatasetInfo("folder", classes, tuple(name.replace("_", " ") for name in classes), words, str(root))
         if twice := [prompt for prompt, number in Counter(map(str.lower, info.prompts)).items() if number > 1]:
             raise DataError(f"{name_or_folder}: two classes that CLIP reads as {', '.join(twice)}; give them one name")
-        if odd := [repr(name) for name in classes if not name.isprintable()]:  # bytes that are no UTF-8 among them
+        if odd := [repr(name) for name in classes if {"Cc", "Cs"} & {*map(unicodedata.category, name)}]:  # Cs: bytes, no UTF-8
             raise DataError(f"{name_or_folder}: control characters in class names: {', '.join(odd)}; rename them, in UTF-8")
     return replace(info, background=tuple(background)) if background else info
 
@@ -470,6 +472,8 @@ def read_coco_json(path: Path, classes: tuple[str, ...], problems: list[str]) ->
         gather(record, content["images"], problems)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not COCO's instance format ({type(error).__name__}: {error}); unpack it again") from error
+    if len(odd) > len(content["annotations"]) / 2:
+        raise DataError(f"{path}: most objects are of pictures or categories that it does not list, such as {odd[0]}; do the ids agree?")
     if odd:
         remark(f"{path}: objects of pictures or categories that it does not list are left out, {len(odd)}: {', '.join(odd[:10])}")
     return {name: found[:3] for name, found in records.items()}
@@ -496,6 +500,7 @@ def picture_folder(root: Path) -> Path:
     return root / "images" if (root / "images").is_dir() else root
 
 
+NOT_IN_NAMES = {*"{}[]\"#,;|"}  # of classes in a table: JSON, and more than one class
 HEADS = ("file", "filename", "file_name", "image", "image_name", "image_id", "img", "name", "path", "picture")  # of a column
 
 
@@ -524,7 +529,7 @@ def folder_rows(root: Path) -> list[tuple[str, list[str], str]]:
         if not line.strip(", ;\t") or (number == 1 and file.lower() in HEADS):
             continue
         classes = [name.strip() for name in re.split("[;|]" if comma != ";" else "[|,]", names) if name.strip()]
-        if not file or split not in ("", "train", "val") or any(more) or set("{}[]\"#,") & set("".join(classes)):
+        if not file or split not in ("", "train", "val") or any(more) or NOT_IN_NAMES & {*"".join(classes)}:
             raise DataError(f"{table}, line {number}: {line!r} is not file,class;class or file,class;class,train|val")
         rows.append((safe_name(file, table), classes, split or "train"))
     return rows
@@ -535,9 +540,11 @@ def divide(root: Path, share: float) -> None:
     table, rows = root / "labels.csv", folder_rows(root)
     if table.exists() or not 0 < share < 1 or any(split == "val" for _, _, split in rows):
         raise DataError(f"--val-share {share}: wanted a share between 0 and 1, and {root} without labels.csv and val/")
-    kept = np.random.default_rng(0).permutation(len(rows)) < share * len(rows)
-    with open(table, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        csv.writer(file).writerows((name, ";".join(names), "val" if val else "train") for (name, names, _), val in zip(rows, kept))
+    if odd := [name for _, [name], _ in rows if NOT_IN_NAMES & {*name}]:
+        raise DataError(f"{root / odd[0]}: a table cannot have classes with {' '.join(sorted(NOT_IN_NAMES))}; rename the folder")
+    kept, text = np.random.default_rng(0).permutation(len(rows)) < share * len(rows), io.StringIO()
+    csv.writer(text).writerows((file, name, "val" if val else "train") for (file, [name], _), val in zip(rows, kept))
+    write_text(table, text.getvalue())
     print(f"wrote {table}: {kept.sum()} of {len(rows)} pictures are val")
 
 
@@ -625,19 +632,27 @@ def as_item(sample: Sample, image: np.ndarray, mask: np.ndarray | None, num_clas
 
 # ---------------------------------------------------------------- whatever is written
 
-def write_whole(path: str | Path, write) -> None:
-    """write(binary file) under a temporary name, flush to the disk, rename: whatever happens, `path` is whole, old or new.
+def write_whole(path: str | Path, write, flush: bool = True) -> None:
+    """write(binary file) under a temporary name, then rename: whatever happens, `path` is whole, old or new.
 
-    Its folder is made if need be. Raises  DataError  with the path: a full disk, a folder that is closed to us
+    flush   to the disk first: it is so even if the power fails. Some milliseconds
+    Raises  DataError  with the path: a full disk, a folder that is closed to us. Folders are made if need be
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
+    path = Path(path).resolve()  # what a link leads to
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
+        for wait in (.1, .2, .3, .4, 0):
+            try:
+                return os.replace(temporary, path)
+            except PermissionError as error:  # on Windows, as long as another program reads the old file
+                refused = error
+            time.sleep(wait)
     except BaseException as error:
         with suppress(OSError, ValueError):
             temporary.unlink()
@@ -645,12 +660,6 @@ def write_whole(path: str | Path, write) -> None:
             raise DataError(f"{path} could not be written ({getattr(error, 'strerror', '') or error}); a file from before is "
                             "intact. Free some space, or choose another --output-dir or a shorter name") from error
         raise
-    for wait in (.1, .2, .3, .4, 0):
-        try:
-            return os.replace(temporary, path)
-        except OSError as error:  # on Windows, as long as another program reads the old file
-            refused = error
-        time.sleep(wait)
     raise DataError(f"{path} could not be replaced ({refused}); the new file is kept as {temporary}. Close what reads the old one, "
                     "then rename it")
 
@@ -662,7 +671,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def save_picture(path: str | Path, image: Image.Image) -> None:
     """In the format of its ending, whole."""
-    write_whole(path, partial(image.save, format=picture_formats()[Path(path).suffix.lower()]))
+    write_whole(path, partial(image.save, format=picture_formats()[Path(path).suffix.lower()]), flush=False)
 
 
 # ---------------------------------------------------------------- pictures for people
@@ -833,7 +842,8 @@ def inspect(sample: Sample, num_classes: int) -> tuple[str, bool]:
     try:
         image, mask = load_pair(sample, num_classes, sample.mask is not None)
         dark = f"{sample.image}: no pixel is brighter than {image.max()} of 255; stretch 10 to 14 bits to all 16"
-        return dark if image.max() <= 64 else "", mask is not None and set(mask_labels(mask)) != set(sample.labels)
+        grey = (image == image[..., :1]).all()  # as all pictures of 16 bits are
+        return dark if grey and image.max() <= 64 else "", mask is not None and set(mask_labels(mask)) != set(sample.labels)
     except DataError as error:
         return str(error), False
 
@@ -935,9 +945,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.sheet and picture_formats().get(Path(args.sheet).suffix.lower()) not in Image.SAVE:
         raise DataError(f"--sheet {args.sheet}: no picture's name; wanted one ending in .png or .jpg")
     root = find_root(args.dataset, args.data_path)
-    if args.val_share is not None:
-        divide(root, args.val_share)
     info = dataset_info(args.dataset)
+    if args.val_share is not None:
+        if info.name != "folder" or args.check:
+            raise DataError("--val-share writes labels.csv into a folder of one's own; --check writes nothing")
+        divide(root, args.val_share)
     print(f"{info.name} in {root}; masks have 0 background, "
           + ", ".join(f"{number} {name}" for number, name in enumerate(info.classes, 1)) + f" and {IGNORE_INDEX} void")
     problems: list[str] = []

@@ -109,7 +109,7 @@ def _clip_from_file(path: Path) -> nn.Module:
             words, rows = state.pop("token_embedding.words"), state.pop("token_embedding.rows")
             state["token_embedding.weight"] = rows.new_zeros(49_408, rows.shape[1]).index_copy(0, words, rows)
         expect_names(state, "visual.conv1.weight", "transformer.resblocks.0.ln_1.weight", "token_embedding.weight")
-        if path.parent != SHAPES_DIR:
+        if path.resolve().parent != SHAPES_DIR:
             data.remark(f"{path}: not one of OpenAI's files by its hash; taken to be built like them (QuickGELU, heads of 64)")
         return clip.model.build_model(state)
     except Exception as error:  # whatever a foreign file makes torch or clip raise: say which file it was
@@ -331,7 +331,8 @@ def load_dino(name_or_path: str, device: str | torch.device = "cpu") -> DINOv2:
         raise data.DataError(f"{path}: no such DINOv2 file; give --dino a file or one of {list(DINO_SHA256)}")
     try:
         model = dino_from_state_dict(read_plain(path))
-        if path.parent != SHAPES_DIR and hashlib.sha256(path.read_bytes()).hexdigest() not in DINO_SHA256.values():
+        known = name_or_path in DINO_SHA256 or path.resolve().parent == SHAPES_DIR
+        if not known and hashlib.sha256(path.read_bytes()).hexdigest() not in DINO_SHA256.values():
             data.remark(f"{path}: not one of Meta's files by its hash; taken to be built like them (heads of 64)")
     except Exception as error:  # whatever a foreign file makes torch raise: say which file it was
         raise data.DataError(f"{path}: not a DINOv2 state dict under Meta's keys: {error}") from error

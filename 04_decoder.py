@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, get_args, get_origin
+from typing import NamedTuple, Union, get_args, get_origin
 
 import torch
 import torch.distributed
@@ -242,7 +242,7 @@ def self_labels(labels: torch.Tensor, logits: torch.Tensor, above: float) -> tor
 
 
 ABOVE_ZERO = ("max_iters", "batch_size", "lr", "crop_size", "scale_range", "eval_every", "eval_images", "long_side", "scales",
-              "depth", "logit_scale_divisor", "static_maps", "dynamic_maps", "fuse_blocks", "crf_gaussian", "crf_bilateral")
+              "depth", "logit_scale_divisor", "static_maps", "dynamic_maps", "fuse_blocks")
 AT_MOST = {"lr": 1e3, "crop_size": 8192, "long_side": 8192, "depth": 64, "scales": 16, "scale_range": 16}  # others 10**9
 
 
@@ -251,13 +251,14 @@ def fits(value, kind) -> bool:
     if isinstance(kind, dict):
         return isinstance(value, dict) and all(fits(value.get(key), wanted) for key, wanted in kind.items())
     origin, inner = get_origin(kind) or kind, get_args(kind)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, Union):
         return any(fits(value, one) for one in inner)
     if not isinstance(value, (int, float) if kind is float else origin) or isinstance(value, bool) != (kind is bool):
         return False
     if origin is dict and inner:
         return fits([*value], list[inner[0]]) and fits([*value.values()], list[inner[1]])
-    inner = inner[:1] * max(1, len(value)) if origin is list or ... in inner else inner  # an empty one fits nothing
+    if origin is list or ... in inner:  # an empty tuple fits nothing
+        inner = inner[:1] * max(len(value), origin is tuple)
     return origin not in (list, tuple) or (len(value) == len(inner) and all(map(fits, value, inner)))
 
 
@@ -675,7 +676,7 @@ def read_checkpoint(path: str | Path) -> dict:
         possible = {"step": 0 <= step <= 10**9, "evaluated": -1 <= entries.get("evaluated", 0) <= step,
                     "seed": 0 <= seed <= 10**9, "best": -1 <= entries.get("best", 0) <= 1,
                     "dataset": entries["dataset"] in data.SPLITS,
-                    "classes": len(entries["classes"]) == len(entries["prompts"]) < data.IGNORE_INDEX}
+                    "classes": 0 < len(entries["classes"]) == len(entries["prompts"]) < data.IGNORE_INDEX}
         wrong = [key for key, fine in possible.items() if not fine]
     if wrong:
         raise data.DataError(f"{path}: not a checkpoint of 05_train.py: {', '.join(wrong)} missing or of an impossible type or value")

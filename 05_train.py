@@ -329,7 +329,8 @@ class Log:
 
     def __init__(self, path: Path, last_step: int):
         rows = csv.DictReader(data.read_text(path).splitlines()) if last_step and path.is_file() else ()
-        self.path, self.rows = path, [row for row in rows if int(row["step"]) <= last_step]
+        whole = [row for row in rows if None not in (*row, *row.values()) and row.get("step", "").isdecimal()]
+        self.path, self.rows = path, [row for row in whole if int(row["step"]) <= last_step]
         self.save()
 
     def write(self, **row) -> None:
@@ -338,7 +339,7 @@ class Log:
         self.save()
 
     def save(self) -> None:
-        lines = [*self.rows[:1], *([row[column] for column in self.rows[0]] for row in self.rows)]
+        lines = [*self.rows[:1], *([row.get(column, "") for column in self.rows[0]] for row in self.rows)]
         data.write_text(self.path, "".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
@@ -438,7 +439,7 @@ def settle(args: argparse.Namespace, device: torch.device, world: int) -> tuple:
     if split == "val":
         print("warning: val is what is scored; what is trained on it has no score that counts", file=sys.stderr)
     patch = backbone.patch_size(method.clip)
-    if "crop_size" in args.options and cfg.crop_size % patch:
+    if "crop_size" in args.options and not args.resume and cfg.crop_size % patch:
         lower = cfg.crop_size // patch * patch
         raise data.DataError(f"--crop-size {cfg.crop_size} is no multiple of the patch of {cfg.clip}, {patch} pixels; "
                              f"take {lower or patch} or {lower + patch}")
@@ -555,7 +556,8 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
             if last and rank == 0:
                 cam.print_scores(result, info, f"{len(with_masks)} images of val")
         if last:
-            checkpoint = output / ("best.pt" if with_masks and method.rungs else "last.pt")  # masks are not chosen by truth
+            chosen = with_masks and method.rungs and progress["best"] >= 0  # masks are not chosen by truth
+            checkpoint = output / ("best.pt" if chosen else "last.pt")
             rest = ("--data-path", root) if with_masks and (info.name != "shapes" or args.data_path) else ()
             if broken:
                 say(f"{len(broken)} training pictures were passed over, see above")

@@ -137,23 +137,33 @@ def segment_pictures(method, args: argparse.Namespace, name: str, rows: dict[str
         seen = [f"{info.classes[c]} {shares[c]:.1%}" for c in np.argsort(-shares) if shares[c]]
         tqdm.write(f"{sample.image} -> {prediction}: {', '.join(seen) or 'background only'}")
         if sample.image in rows["picture"] or len(rows["picture"]) < SHEET_COLUMNS:
-            rows["picture"][sample.image] = data.fit(found.image, SHEET_SIDE)
+            rows["picture"][sample.image] = found.image
             rows[name][sample.image] = data.overlay(found.image, mask, info.classes, SHEET_SIDE)
 
     results = backbone.result_files(samples, args.output_dir, (f"{ending}.png", f"{ending}_overlay.png"))
     return backbone.attempt(save, samples, segment_all(method, samples, args), results)
 
 
-def save_sheet(rows: dict[str, dict], info, args: argparse.Namespace) -> None:
-    """A column for each picture; a row for each method and for each folder of masks beside them."""
-    for folder in args.beside:
-        rows[folder] = {file: data.overlay(image, data.load_mask(Path(folder) / f"{Path(file).stem}.png", info.num_classes),
-                                           info.classes, SHEET_SIDE) for file, image in rows["picture"].items()}
-    blank = np.full((1, 1, 3), 255, np.uint8)  # where a picture of this method could not be written
+def save_sheet(rows: dict[str, dict], info, args: argparse.Namespace) -> int:
+    """A column for each picture; a row for each method and for each folder of masks beside them, of the classes of `info`.
+
+    -> how many of these masks could not be used
+    """
+    def add(folder: str, file: str) -> None:
+        image = rows["picture"][file]
+        mask = data.load_mask(Path(folder) / f"{Path(file).stem}.png", info.num_classes, image.shape[:2], as_displayed=True)
+        rows[folder][file] = data.overlay(image, mask, info.classes, SHEET_SIDE)
+
+    rows.update((folder, {}) for folder in args.beside)
+    places = [(folder, file) for folder in args.beside for file in rows["picture"]]
+    failed = backbone.attempt(add, *zip(*places)) if places else 0
+    rows["picture"] = {file: data.fit(image, SHEET_SIDE) for file, image in rows["picture"].items()}
+    blank = np.full((1, 1, 3), 255, np.uint8)  # where a picture or a mask could not be used
     cells, captions = zip(*((row.get(file, blank), name) for name, row in rows.items() for file in rows["picture"]))
     [target], *_ = backbone.result_files(backbone.samples_of(rows["picture"]), args.output_dir, ("_sheet.png",))
     data.save_picture(target, data.contact_sheet(cells, captions, len(rows["picture"]), SHEET_SIDE))
     print(f"{target}: a row for each of {', '.join(rows)}")
+    return failed
 
 
 def split_samples(info, split: str, data_path: str | None) -> list:
@@ -232,8 +242,12 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
 def keep_to_settings(output: Path, settings: dict) -> None:
     """OUTPUT/settings.json says how the predictions there are made. Raises data.DataError if it says something else."""
     path = output / "settings.json"
-    if path.exists() and (before := json.loads(data.read_text(path))) != settings:
+    try:
+        before = json.loads(data.read_text(path)) if path.exists() else settings
         changed = ", ".join(f"{key} {before.get(key)}" for key in settings if before.get(key) != settings[key])
+    except (ValueError, AttributeError) as error:
+        raise data.DataError(f"{path}: not what 06_infer.py has written ({error}); choose another --output-dir") from error
+    if changed:
         raise data.DataError(f"{output} holds predictions that were made otherwise ({changed}); choose another --output-dir")
     data.write_text(path, json.dumps(settings))
 
@@ -300,7 +314,9 @@ def main(argv: list[str] | None = None) -> int:
         raise data.DataError("--cams, --with-labels and --submit are for a split: pictures of your own have no image-level "
                              "labels (python 03_cam.py PICTURE --classes ... takes them from you)")
     if not args.images and (args.checkpoints[1:] or args.beside):
-        raise data.DataError("several checkpoints, and --beside, are for a sheet of pictures; name some pictures")
+        raise data.DataError("several checkpoints, and --beside, are for a sheet of pictures; name some, before --beside")
+    if strangers := [folder for folder in args.beside if not Path(folder).is_dir()]:
+        raise data.DataError(f"--beside {strangers[0]}: no such folder")
     if args.crf:
         cam.crf_package()  # missing? say so now and not after the first picture
     device = backbone.choose_device(args.device)
@@ -313,9 +329,11 @@ def main(argv: list[str] | None = None) -> int:
                              f"--split test, not {args.split}")
     options = {what: getattr(args, what) for what in ("clip", "dino", "attention") if getattr(args, what)}
     options |= {"scales": tuple(args.scales)} if args.scales else {}
-    methods, rows, failed = [one["method"] for one in (checkpoint, *others)], {"picture": {}}, 0
+    methods, infos, rows, failed = [one["method"] for one in (checkpoint, *others)], [], {"picture": {}}, 0
     for number, (path, one) in enumerate(zip(args.checkpoints, (checkpoint, *others)), 1):
-        method = decoder.restore(one, path, options, device)
+        known = {what: value for what, value in options.items() if what in one["config"] or len(args.checkpoints) == 1}
+        method = decoder.restore(one, path, known, device)
+        infos.append(method.info)
         if args.cams:
             method.ready()
         args.scales = method.cfg.scales
@@ -324,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
         name = one["method"] if methods.count(one["method"]) == 1 else f"{one['method']}_{number}"
         failed = max(failed, segment_pictures(method, args, name, rows) if args.images else segment_split(method, args, checkpoint))
     if len(rows) + len(args.beside) > 2 and rows["picture"]:
-        save_sheet(rows, method.info, args)
+        failed += save_sheet(rows, infos[0], args)
     if failed:
         backbone.complain(f"{failed} pictures could not be used (see above), the others are done")
     return int(failed > 0)

@@ -671,15 +671,13 @@ def centres(points: torch.Tensor, of: torch.Tensor, info, cfg: DiCLIPConfig) -> 
 
 def write(path: Path, content: dict) -> None:
     """Whole, or as it was before; another process may make the same."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    data.write_whole(temporary, partial(torch.save, content))
-    os.replace(temporary, path)
+    data.write_whole(path, partial(torch.save, content))
 
 
 def read(path: Path) -> dict:
     """The dict in a file of tensors, numbers and texts, {} if it is something else. Nothing in it is ever executed."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = backbone.read_plain(path)
     except FileNotFoundError:
         raise data.DataError(f"{path}: no such cache; make one with python methods/diclip.py cache, or take --cache "
                              "none") from None

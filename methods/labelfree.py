@@ -396,20 +396,19 @@ def main(argv: list[str] | None = None) -> int:
     for number, sample in enumerate(tqdm(samples, disable=None)):
         try:
             image, truth = data.load_pair(sample, info.num_classes, not args.classes)
+            known = [range(len(info.classes)), sample.labels][:1 if args.classes else 2]
+            maps = {name: label_maps(model, dino, way, image, known) for name, way in ways.items()}
+            if args.classes:
+                draw(image, maps, *targets[number], info.classes)
+                continue
+            for name, both in maps.items():
+                for folder, label in zip((name, f"{name}_labels"), both if args.output_dir else ()):
+                    data.save_mask(Path(args.output_dir) / folder / f"{sample.name}.png", label.numpy())
+                matrices[name] = [before + cam.confusion_matrix(torch.from_numpy(truth), label, info.num_classes)
+                                  for before, label in zip(matrices[name], both)]
         except data.DataError as error:
-            tqdm.write(f"error: {error}", file=sys.stderr)
+            backbone.complain(error)
             failed += 1
-            continue
-        known = [range(len(info.classes)), sample.labels][:1 if args.classes else 2]
-        maps = {name: label_maps(model, dino, way, image, known) for name, way in ways.items()}
-        if args.classes:
-            draw(image, maps, *targets[number], info.classes)
-            continue
-        for name, both in maps.items():
-            for folder, label in zip((name, f"{name}_labels"), both if args.output_dir else ()):
-                data.save_mask(Path(args.output_dir) / folder / f"{sample.name}.png", label.numpy())
-            matrices[name] = [before + cam.confusion_matrix(torch.from_numpy(truth), label, info.num_classes)
-                              for before, label in zip(matrices[name], both)]
     if not args.classes and failed < len(samples):
         report(matrices, info, f"{args.split} of {info.name}, protocol {args.protocol}", args.per_class)
     print(f"{len(samples) - failed} pictures, and {failed} that could not be used")
