@@ -639,7 +639,7 @@ def write_whole(path: str | Path, write, flush: bool = True) -> None:
     Raises  DataError  with the path: a full disk, a folder that is closed to us. Folders are made if need be
     """
     path = Path(path).resolve()  # what a link leads to
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name[:99]}.{os.getpid()}.tmp")  # a name may have 255 bytes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
         raise data.DataError("--cams, --with-labels and --submit are for a split: pictures of your own have no image-level "
                              "labels (python 03_cam.py PICTURE --classes ... takes them from you)")
     if not args.images and (args.checkpoints[1:] or args.beside):
-        raise data.DataError("several checkpoints, and --beside, are for a sheet of pictures; name some, before --beside")
+        raise data.DataError("several checkpoints, and --beside, are for a sheet; name some pictures, before --beside")
     if strangers := [folder for folder in args.beside if not Path(folder).is_dir()]:
         raise data.DataError(f"--beside {strangers[0]}: no such folder")
     if args.crf:

@@ -360,11 +360,11 @@ def test_a_split_with_a_broken_picture_is_finished_and_says_so(home, tmp_path, c
 def test_a_result_that_cannot_be_written_costs_its_picture_alone(home, tmp_path, capsys):
     """It is named, counted and not scored; of the others nothing is lost. A folder lies where its file should be."""
     own, out = home / "own", tmp_path / "out"
-    (out / "predictions" / "1.png.tmp").mkdir(parents=True)
+    (out / "predictions" / "1.png").mkdir(parents=True)
     assert exit_status(home / "best.pt", "--data-path", own, "--output-dir", out) == 1
     said = capsys.readouterr().err
     assert "1.png could not be written (" in said and "--output-dir" in said and "1 pictures could not be used" in said
-    assert {path.name for path in (out / "predictions").glob("*.png")} == {"0.png", "2.png", "3.png", "4.png"}
+    assert {path.name for path in (out / "predictions").iterdir() if path.is_file()} == {"0.png", "2.png", "3.png", "4.png"}
     report = json.loads((out / "scores.json").read_text(encoding="utf-8"))
     assert report["images"] == 4 and report["unusable"] == ["1"]
 
