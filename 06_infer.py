@@ -204,8 +204,7 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
         if sample.mask:
             scored.append(sample.name)
             for rung, labels in found.labels.items():
-                counts = cam.confusion_matrix(found.truth, labels, info.num_classes)
-                matrices[rung] = matrices.get(rung, 0) + counts
+                matrices[rung] = matrices.get(rung, 0) + cam.confusion_matrix(found.truth, labels, info.num_classes)
 
     failed = backbone.attempt(save, samples, segment_all(method, samples, args))
     if matrices:
