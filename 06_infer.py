@@ -125,7 +125,7 @@ def segment_pictures(method, args: argparse.Namespace, name: str, rows: dict[str
     info, samples = method.info, backbone.samples_of(args.images)
     ending, rows[name] = f"_{name}" if len(args.checkpoints) > 1 else "", {}
 
-    def save(sample: data.Sample, found: Segmented, targets: list[Path]) -> None:
+    def save(sample: data.Sample, found: Segmented | data.DataError, targets: list[Path]) -> None:
         if isinstance(found, data.DataError):
             raise found
         prediction, overlay = targets
@@ -194,7 +194,7 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
 
     matrices, written, scored = {}, [], []  # the last two: names
 
-    def save(sample: data.Sample, found: Segmented) -> None:
+    def save(sample: data.Sample, found: Segmented | data.DataError) -> None:
         if isinstance(found, data.DataError):
             raise found
         *_, prediction = found.labels.values()
