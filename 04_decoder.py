@@ -733,12 +733,12 @@ def main(argv: list[str] | None = None) -> int:
     p = backbone.demo_options(__doc__)
     p.add_argument("--method", default="weclip+", help=f"{', '.join(HERE_ARE)}, or a file of methods/ (default: %(default)s)")
     args = p.parse_args(argv)
-    if not method_class(args.method).rungs:
+    found = method_class(args.method)
+    if not found.rungs:
         raise data.DataError(f"{args.method} makes no labels, which this shows; see python methods/{args.method}.py --help")
     info, samples = backbone.demo_pictures(args)
     torch.manual_seed(0)
-    names = {field.name for field in fields(type(method_class(args.method).rows["voc"]))}
-    options = {name: getattr(args, name) for name in ("clip", "dino", "long_side") if name in names}
+    options = {name: getattr(args, name) for name in ("clip", "dino", "long_side") if hasattr(found.rows["voc"], name)}
     method = new_method(args.method, info, options, backbone.choose_device(args.device))
 
     def show(sample) -> None:
@@ -747,12 +747,12 @@ def main(argv: list[str] | None = None) -> int:
         pairs = torch.tensor([(0, label) for label in sample.labels])
         seen = method.look(images, for_labels=True)
         prediction = method.model.eval()(seen)
-        found = method.pseudo_labels(images, pairs, seen, None, image.shape[:2])  # an untrained decoder has no say
+        rungs = method.pseudo_labels(images, pairs, seen, None, image.shape[:2])  # an untrained decoder has no say
         with torch.no_grad():
-            losses = method.losses(prediction, found.labels, step=0)
+            losses = method.losses(prediction, rungs.labels, step=0)
         print(f"{args.method}, {sample.image}: {', '.join(info.classes[c] for c in sample.labels)}")
         for stage, tensor in {"image": images, "tokens of a block": seen.tokens[0], "attention maps": seen.maps,
-                              **prediction._asdict(), **found._asdict()}.items():
+                              **prediction._asdict(), **rungs._asdict()}.items():
             print(f"  {stage:20} {tuple(tensor.shape)}")
         print("  losses of the untrained decoder: " + ", ".join(f"{part} {float(loss):.3f}" for part, loss in losses.items()))
 

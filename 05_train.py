@@ -401,11 +401,6 @@ def draw_curves(output: Path) -> Image.Image:
     return sheet
 
 
-def memory() -> str:
-    """Peak memory of the GPU so far; "" without one."""
-    return f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GB GPU" if torch.cuda.is_initialized() else ""
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
 # ----------------------------------------------------------------------------------------------------------------------
@@ -592,9 +587,10 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
             speed, seconds, measured = measured * cfg.batch_size / seconds, 0.0, 0
             lr = optimizer.param_groups[0]["lr"]
             minutes = (time.perf_counter() - began) / (done - start) * (cfg.max_iters - done) / 60  # as it has gone so far
+            peak = f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GB GPU" if torch.cuda.is_initialized() else ""
             log.write(step=done, lr=f"{lr:.3e}", **{k: f"{v:.6f}" for k, v in values.items()}, images_per_s=f"{speed:.1f}")
             say(f"step {done:6d}/{cfg.max_iters}  " + "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-                + f"  lr {lr:.1e}  {speed:.1f} images/s  {minutes:.1f} min left{memory()}")
+                + f"  lr {lr:.1e}  {speed:.1f} images/s  {minutes:.1f} min left{peak}")
         if wanted_anywhere(stop):
             break
         if done == cfg.max_iters or done % cfg.eval_every == 0 or done % SAVE_EVERY == 0:

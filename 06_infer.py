@@ -125,7 +125,7 @@ def segment_pictures(method, args: argparse.Namespace, name: str, rows: dict[str
     info, samples = method.info, backbone.samples_of(args.images)
     ending, rows[name] = f"_{name}" if len(args.checkpoints) > 1 else "", {}
 
-    def save(sample: data.Sample, found: Segmented, targets: list[Path]) -> None:
+    def save(sample: data.Sample, found: Segmented | data.DataError, targets: list[Path]) -> None:
         if isinstance(found, data.DataError):
             raise found
         prediction, overlay = targets
@@ -204,7 +204,7 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
 
     matrices, written, scored = {}, [], []  # the last two: names
 
-    def save(sample: data.Sample, found: Segmented) -> None:
+    def save(sample: data.Sample, found: Segmented | data.DataError) -> None:
         if isinstance(found, data.DataError):
             raise found
         *_, prediction = found.labels.values()
@@ -214,8 +214,7 @@ def segment_split(method, args: argparse.Namespace, checkpoint: dict) -> int:
         if sample.mask:
             scored.append(sample.name)
             for rung, labels in found.labels.items():
-                counts = cam.confusion_matrix(found.truth, labels, info.num_classes)
-                matrices[rung] = matrices.get(rung, 0) + counts
+                matrices[rung] = matrices.get(rung, 0) + cam.confusion_matrix(found.truth, labels, info.num_classes)
 
     failed = backbone.attempt(save, samples, segment_all(method, samples, args))
     if matrices:
