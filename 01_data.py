@@ -635,11 +635,11 @@ def as_item(sample: Sample, image: np.ndarray, mask: np.ndarray | None, num_clas
 def write_whole(path: str | Path, write, flush: bool = True) -> None:
     """write(binary file) under a temporary name, then rename: whatever happens, `path` is whole, old or new.
 
-    flush   to the disk first: it is so even if the power fails. Some milliseconds
+    flush   to the disk first: so even if the power fails; takes milliseconds. Without, other processes may write the same
     Raises  DataError  with the path: a full disk, a folder that is closed to us. Folders are made if need be
     """
     path = Path(path).resolve()  # what a link leads to
-    temporary = path.with_name(f"{path.name[:99]}.{os.getpid()}.tmp")  # a name may have 255 bytes
+    temporary = path.with_name(f"{path.name[:99]}{'' if flush else os.getpid()}.tmp")  # a name may have 255 bytes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

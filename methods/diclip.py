@@ -671,7 +671,7 @@ def centres(points: torch.Tensor, of: torch.Tensor, info, cfg: DiCLIPConfig) -> 
 
 def write(path: Path, content: dict) -> None:
     """Whole, or as it was before; another process may make the same."""
-    data.write_whole(path, partial(torch.save, content))
+    data.write_whole(path, partial(torch.save, content), flush=False)
 
 
 def read(path: Path) -> dict:

@@ -207,7 +207,7 @@ def test_killed_while_it_saves_last_pt_is_the_old_one_and_whole(world, whole, st
     for trick, step in ((die_half_written, 4), (die_before_flush, 8), (die_before_rename, 12)):
         process = start(tmp_path / "said", arguments(world, output, *TWENTY, *resume), trick)
         assert ended(process) == -signal.SIGKILL
-        assert [*output.glob("last.pt.*.tmp")] and decoder.read_checkpoint(output / "last.pt")["step"] == step
+        assert (output / "last.pt.tmp").is_file() and decoder.read_checkpoint(output / "last.pt")["step"] == step
         resume = ["--resume"]
     assert ended(start(tmp_path / "said", arguments(world, output, *TWENTY, *resume))) == 0
     assert_same_run(output, whole)
@@ -524,7 +524,7 @@ def test_a_file_that_another_program_holds_is_waited_for(tmp_path, monkeypatch, 
     if refused == 3:
         data.write_text(path, "new")
     else:
-        with pytest.raises(data.DataError, match="last.pt could not be replaced .*; the new file is kept as .*last.pt.\d+.tmp"):
+        with pytest.raises(data.DataError, match="last.pt could not be replaced .*; the new file is kept as .*last.pt.tmp"):
             data.write_text(path, "new")
     assert [path.read_text(), *(p.read_text() for p in tmp_path.glob("*.tmp"))] == (["new"] if refused == 3 else ["old", "new"])
     assert sum(waited) <= 1.1
