@@ -90,4 +90,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:] or ["runs/shapes-weclip+/best.pt"])
