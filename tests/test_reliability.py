@@ -494,14 +494,15 @@ def test_a_full_disk_leaves_the_old_files_whole_and_says_so(world, tmp_path, sma
 
 
 def test_a_full_disk_at_a_line_of_the_log_names_the_log(tmp_path, small_disk):
-    """The first thing to fail may be the smallest one: of "10,0.123456" there is room for "1", which is no step 1."""
+    """The first thing to fail may be the smallest one: of "10,0.123456" there is room for "1", which is no step 1. The log
+    from before stays whole."""
     log = train.Log(tmp_path / "log.csv", 0)
     small_disk(len("step,total\r\n") + 2 * len("8,0.123456\r\n") + 1)
     with pytest.raises(data.DataError, match="log.csv could not be written"):
         for step in (8, 9, 10):
             log.write(step=step, total=0.123456)
     small_disk(resource.RLIM_INFINITY)
-    assert (tmp_path / "log.csv").read_text().endswith("\n1")
+    assert (tmp_path / "log.csv").read_text() == "step,total\n8,0.123456\n9,0.123456\n"
     train.Log(tmp_path / "log.csv", 9).write(step=10, total=7)
     with open(tmp_path / "log.csv") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["8", "9", "10"]
