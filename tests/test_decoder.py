@@ -132,10 +132,10 @@ def test_the_rows_of_all_methods_fit_their_own_types():
     ("weclip+", "voc", "dinov2_vitb14", 3_031_573),
     ("weclip+", "voc", "dinov2_vitl14", 4_676_629),
 ])
-def test_the_trained_part_has_the_released_number_of_parameters(method, dataset, dino_name, count):
-    """Of the row, as it is suited to the backbones."""
+def test_the_trained_part_has_the_released_number_of_parameters(method, dataset, dino_name, count, monkeypatch):
+    """Of the row, as it is suited to the backbones. These have sizes and no numbers: they read no words."""
     found, frozen = decoder.HERE_ARE[method], frozen_on_paper("ViT-B/16", dino_name)
-    found = type("OnPaper", (found,), {"texts": lambda self: (None, None)})  # towers without numbers read no words
+    monkeypatch.setattr(found, "texts", lambda self: (None, None))
     made = found(found.suited(found.rows[dataset], frozen), data.DATASETS[dataset], frozen)
     assert sum(p.numel() for p in made.model.parameters()) == count
 
