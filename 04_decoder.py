@@ -660,7 +660,7 @@ def read_checkpoint(path: str | Path) -> dict:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch itself does not compare the check sums
+            if (damaged := archive.testzip()) is not None:  # torch itself does not compare the check sums
                 raise ValueError(f"the check sum of {damaged} differs")
         checkpoint = backbone.read_plain(path)
     except Exception as error:  # whatever zipfile and torch raise on a foreign or truncated file
