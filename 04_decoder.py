@@ -660,9 +660,12 @@ def read_checkpoint(path: str | Path) -> dict:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            if (damaged := archive.testzip()) is not None:  # torch itself does not compare the check sums
-                raise ValueError(f"the check sum of {damaged} differs")
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr]  # torch reads nothing there
+            if (damaged := archive.testzip()) is not None or folders:  # torch itself does not compare the check sums
+                raise ValueError(f"{damaged or folders[0]} is not what was written")
         checkpoint = backbone.read_plain(path)
+    except FileNotFoundError:
+        raise data.DataError(f"{path}: no such checkpoint; 05_train.py makes them") from None
     except Exception as error:  # whatever zipfile and torch raise on a foreign or truncated file
         raise data.DataError(f"{path}: not a checkpoint of 05_train.py, or damaged ({error})") from error
     entries = checkpoint if isinstance(checkpoint, dict) else {}
