@@ -534,16 +534,18 @@ def folder_rows(root: Path) -> list[tuple[str, list[str], str]]:
 
 
 def divide(root: Path, share: float) -> None:
-    """Write FOLDER/labels.csv for sub-folders of classes; `share` of the pictures, drawn by chance, are kept for scoring (val)."""
+    """Write FOLDER/labels.csv for sub-folders of classes; `share` of each class, drawn by chance, is kept for scoring (val)."""
     table, rows = root / "labels.csv", folder_rows(root)
     if table.exists() or not 0 < share < 1 or any(split == "val" for _, _, split in rows):
         raise DataError(f"--val-share {share}: wanted a share between 0 and 1, and {root} without labels.csv and val/")
     if odd := [name for _, [name], _ in rows if NOT_IN_NAMES & {*name}]:
         raise DataError(f"{root / odd[0]}: a table cannot have classes with {' '.join(sorted(NOT_IN_NAMES))}; rename the folder")
-    kept, text = np.random.default_rng(0).permutation(len(rows)) < share * len(rows), io.StringIO()
-    csv.writer(text).writerows((file, name, "val" if val else "train") for (file, [name], _), val in zip(rows, kept))
+    text, total, passed = io.StringIO(), Counter(name for _, [name], _ in rows), Counter()
+    for number in np.random.default_rng(0).permutation(len(rows)):
+        file, [name], _ = rows[number]
+        csv.writer(text).writerow((file, name, "val" if passed[name] < share * total[name] else "train"))
+        passed[name] += 1
     write_text(table, text.getvalue())
-    print(f"wrote {table}: {kept.sum()} of {len(rows)} pictures are val")
 
 
 def folder_samples(info: DatasetInfo, root: Path, split: str, problems: list[str]) -> list[Sample]:

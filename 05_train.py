@@ -545,7 +545,7 @@ def run(args: argparse.Namespace, device: torch.device, stop: "StopRequest") -> 
                 score_log.write(step=step, **{rung: f"{100 * result[rung]['miou']:.2f}" if rung in result else ""
                                               for rung in all_rungs(method)})
             save("last.pt")
-            note = cam.without_truth(result, info)
+            note = cam.without_truth(result, info) or (f"{cfg.eval_images} pictures" if cfg.eval_images and not last else "")
             say(f"mIoU at step {step}: " + "   ".join(f"{r} {100 * s['miou']:.1f}" for r, s in result.items())
                 + (note and f"   ({note})"))
             if last and rank == 0:

@@ -496,7 +496,7 @@ METHOD = ExCEL
 
 def untrained(info, options: dict, device: torch.device) -> ExCEL:
     """The method before its first step. (By this file's name 04_decoder.new_method would find a second copy of the class.)"""
-    row = ExCEL.rows.get(info.name, ExCEL.rows["voc"])
+    row = ExCEL.rows.get("shapes" if options.get("clip") == "shapes" else info.name, ExCEL.rows["voc"])
     frozen = ExCEL.load(replace(row, **options), device)
     method = ExCEL(replace(ExCEL.suited(row, frozen), **options), info, frozen)
     method.model.eval()
