@@ -679,7 +679,7 @@ def read_checkpoint(path: str | Path) -> dict:
         possible = {"step": 0 <= step <= 10**9, "evaluated": -1 <= entries.get("evaluated", 0) <= step,
                     "seed": 0 <= seed <= 10**9, "best": -1 <= entries.get("best", 0) <= 1,
                     "dataset": entries["dataset"] in data.SPLITS,
-                    "classes": 0 < len(entries["classes"]) == len(entries["prompts"]) < data.IGNORE_INDEX}
+                    "classes, prompts": 0 < len(entries["classes"]) == len(entries["prompts"]) < data.IGNORE_INDEX}
         wrong = [key for key, fine in possible.items() if not fine]
     if wrong:
         raise data.DataError(f"{path}: not a checkpoint of 05_train.py: {', '.join(wrong)} missing or of an impossible type or value")

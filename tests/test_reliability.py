@@ -796,7 +796,7 @@ def change(where: str, value, checkpoint: dict) -> None:
 
 @pytest.mark.parametrize("where, value", [
     ("step", -5), ("step", 10**12), ("step", True), ("step", 1.0), ("step", None), ("dataset", "unheard of"), ("dataset", 3),
-    ("classes", ["cat", "sofa"]), ("classes", []), ("classes", [1, 2, 3]), ("prompts", "cat"), ("prompts", []), ("background", []),
+    ("classes", ["cat", "sofa"]), ("classes", []), ("classes", [1, 2, 3]), ("prompts", "cat"), ("prompts", []), ("background", [1]),
     ("classes", None), ("frozen", {"clip": "x"}), ("frozen", {"clip": {"name": 3}}), ("frozen", []), ("method", 3), ("model", [1]),
     ("model", {5: torch.zeros(1)}), ("model", {"a": 1}), ("config", 1), ("config/depth", 10**7), ("config/depth", "3"),
     ("config/scales", ()), ("config/scales", (-1.0,)), ("config/scales", (NAN,)), ("config/long_side", "64"),
