@@ -1,7 +1,7 @@
 """Do devices mix? Every method once more on a GPU, or on PyTorch/XLA's CPU backend: a device of another name, where a tensor that
 was left behind raises. The numbers are those of the CPU.
 
-XLA is optional: `pip install torch_xla`, with the torch of the same release, in an environment of its own.
+XLA is optional: `pip install torch_xla`, with the torch of the same release, in an environment of its own. It compiles: minutes a method.
 """
 import os
 from importlib import import_module
@@ -59,6 +59,8 @@ def test_a_training_step_is_that_of_the_cpu(both):
             optimizer = train.make_optimizer(method.model, 0.0)
             found.append(train.train_step(method, optimizer, images.to(method.device), labels, step,
                                           masks if masks is None else masks.to(method.device)))
+            if OTHER == "xla":
+                torch_xla.sync()  # else each gradient is worked out anew when it is asked for
         assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-5)
         for (name, ours), theirs in zip(both[0].model.named_parameters(), both[1].model.parameters()):
             if ours.grad is not None:
